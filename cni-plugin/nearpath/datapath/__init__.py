@@ -1,0 +1,1 @@
+"""The eBPF side: libbpf by ctypes, loading and pinning, typed maps."""

@@ -1,0 +1,456 @@
+"""libbpf by ctypes: the only module that reaches bpf(2).
+
+argtypes are set once; each wrapper turns libbpf's answer into BpfError with the noun that
+failed. libbpf 1.x reports errors as NULL or a negative number with errno set (libbpf_get_error
+is no longer needed; libbpf.h, "libbpf 1.0 migration").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from errno import EINTR, ENOENT
+
+from nearpath.datapath import bundle
+from nearpath.errors import BpfError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Any
+
+# linux/bpf.h
+ANY, NOEXIST, EXIST = 0, 1, 2
+ATTACH_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS
+ATTACH_SK_MSG = 7  # BPF_SK_MSG_VERDICT
+_QUERY_EFFECTIVE = 1  # BPF_F_QUERY_EFFECTIVE
+_NAME = 16  # BPF_OBJ_NAME_LEN
+_PROG_INFO_NAME = 64  # offset of name in struct bpf_prog_info
+_PROG_INFO_SIZE = 80
+
+_PROTOTYPES: dict[str, tuple[Any, ...]] = {
+    # name: (result, *arguments)
+    "bpf_obj_get": (c_int, c_char_p),
+    "bpf_obj_pin": (c_int, c_int, c_char_p),
+    "bpf_map_lookup_elem": (c_int, c_int, c_void_p, c_void_p),
+    "bpf_map_update_elem": (c_int, c_int, c_void_p, c_void_p, c_uint64),
+    "bpf_map_delete_elem": (c_int, c_int, c_void_p),
+    "bpf_map_get_next_key": (c_int, c_int, c_void_p, c_void_p),
+    "bpf_map_lookup_batch": (
+        c_int,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        POINTER(c_uint32),
+        c_void_p,
+    ),
+    "bpf_prog_attach": (c_int, c_int, c_int, c_int, c_uint32),
+    "bpf_link_create": (c_int, c_int, c_int, c_int, c_void_p),
+    "bpf_link_update": (c_int, c_int, c_int, c_void_p),
+    "bpf_prog_query": (
+        c_int,
+        c_int,
+        c_int,
+        c_uint32,
+        POINTER(c_uint32),
+        POINTER(c_uint32),
+        POINTER(c_uint32),
+    ),
+    "bpf_prog_get_fd_by_id": (c_int, c_uint32),
+    "bpf_obj_get_info_by_fd": (c_int, c_int, c_void_p, POINTER(c_uint32)),
+    "bpf_object__open_file": (c_void_p, c_char_p, c_void_p),
+    "bpf_object__load": (c_int, c_void_p),
+    "bpf_object__close": (None, c_void_p),
+    "bpf_object__next_map": (c_void_p, c_void_p, c_void_p),
+    "bpf_object__next_program": (c_void_p, c_void_p, c_void_p),
+    "bpf_map__name": (c_char_p, c_void_p),
+    "bpf_map__fd": (c_int, c_void_p),
+    "bpf_map__set_pin_path": (c_int, c_void_p, c_char_p),
+    "bpf_program__name": (c_char_p, c_void_p),
+    "bpf_program__fd": (c_int, c_void_p),
+    "libbpf_num_possible_cpus": (c_int,),
+    "libbpf_probe_bpf_prog_type": (c_int, c_int, c_void_p),
+    "libbpf_probe_bpf_map_type": (c_int, c_int, c_void_p),
+    "libbpf_probe_bpf_helper": (c_int, c_int, c_int, c_void_p),
+    "libbpf_set_print": (c_void_p, c_void_p),
+}
+
+_PrintFunction = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
+
+
+class _Library:
+    """libbpf, opened at first use; functions get their prototype at first use."""
+
+    def __init__(self) -> None:
+        self._handle: ctypes.CDLL | None = None
+        self._said: list[str] = []
+        self._print = _PrintFunction(self._listen)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._handle is None:
+            path = bundle.libbpf_path()
+            try:
+                self._handle = ctypes.CDLL(path, use_errno=True)
+            except OSError as error:
+                raise BpfError(f"cannot open {path}: {error}", remedy="install libbpf1") from error
+            # libbpf's own messages go into our errors, never to stdout or stderr.
+            self.libbpf_set_print(ctypes.cast(self._print, c_void_p))
+        result, *arguments = _PROTOTYPES[name]
+        function = getattr(self._handle, name)
+        function.restype = result
+        function.argtypes = arguments
+        setattr(self, name, function)
+        return function
+
+    def _listen(self, level: int, form: bytes, arguments: int) -> int:
+        """libbpf_print_fn_t: keep the warnings.
+
+        The third argument is a va_list, which both x86-64 and arm64 pass by address.
+        """
+        if level == 0:
+            buffer = ctypes.create_string_buffer(2048)
+            ctypes.CDLL(None).vsnprintf(buffer, c_size_t(2048), c_char_p(form), c_void_p(arguments))
+            self._said.extend(buffer.value.decode("utf-8", "replace").strip().splitlines())
+            del self._said[:-40]
+        return 0
+
+    def said(self) -> str:
+        """Last lines that libbpf has printed since the last call; empty if none."""
+        text = " | ".join(line for line in self._said[-4:] if line)
+        self._said.clear()
+        return text
+
+
+_lib = _Library()
+
+
+def _error(what: str, result: int = 0) -> BpfError:
+    number = -result if result < -1 else ctypes.get_errno()
+    text = f"cannot {what}: {os.strerror(number)}"
+    said = _lib.said()
+    return BpfError(f"{text} ({said})" if said else text, number)
+
+
+def _check(what: str, result: int) -> int:
+    if result < 0:
+        raise _error(what, result)
+    return result
+
+
+class Descriptor:
+    """A file descriptor of a map, program or link; a context that closes it."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number = number
+        self.name = name
+
+    @classmethod
+    def open_pinned(cls, path: str) -> Descriptor:
+        """Open what is pinned at ``path`` in bpffs.
+
+        Raises:
+            BpfError: errno ENOENT if nothing is pinned there.
+        """
+        number = _lib.bpf_obj_get(path.encode())
+        return cls(_check(f"open pin {path}", number), path)
+
+    def pin(self, path: str) -> None:
+        """Pin at ``path``; it must not exist."""
+        _check(f"pin {path}", _lib.bpf_obj_pin(self.number, path.encode()))
+
+    def close(self) -> None:
+        """Close the descriptor; harmless when closed already."""
+        if self.number >= 0:
+            os.close(self.number)
+            self.number = -1
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Map(Descriptor):
+    """A map with keys and values as bytes of fixed sizes.
+
+    Args:
+        key_size: bytes of a key.
+        value_size: bytes of a value; of a per-CPU map the value of one CPU.
+        per_cpu: values are arrays over all possible CPUs, each padded to 8 bytes.
+    """
+
+    def __init__(
+        self, number: int, name: str, key_size: int, value_size: int, per_cpu: bool = False
+    ) -> None:
+        super().__init__(number, name)
+        self.key_size = key_size
+        self.value_size = value_size
+        if per_cpu:
+            self.value_size = (value_size + 7) // 8 * 8 * possible_cpus()
+
+    @classmethod
+    def pinned(cls, path: str, key_size: int, value_size: int, per_cpu: bool = False) -> Map:
+        """Open the map pinned at ``path``."""
+        number = _check(f"open pinned map {path}", _lib.bpf_obj_get(path.encode()))
+        return cls(number, path, key_size, value_size, per_cpu)
+
+    def __enter__(self) -> Map:
+        return self
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value of ``key``, or None."""
+        value = ctypes.create_string_buffer(self.value_size)
+        result = _lib.bpf_map_lookup_elem(self.number, key, value)
+        if result < 0:
+            error = _error(f"look up in map {self.name}", result)
+            if error.errno == ENOENT:
+                return None
+            raise error
+        return value.raw
+
+    def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
+        """Set ``key`` to ``value``."""
+        if len(key) != self.key_size or len(value) != self.value_size:
+            raise ValueError(f"map {self.name}: key {len(key)} or value {len(value)} bytes long")
+        result = _lib.bpf_map_update_elem(self.number, key, value, flags)
+        _check(f"update map {self.name}", result)
+
+    def delete(self, key: bytes) -> bool:
+        """Delete ``key``; False if it was not there."""
+        result = _lib.bpf_map_delete_elem(self.number, key)
+        if result < 0:
+            error = _error(f"delete from map {self.name}", result)
+            if error.errno == ENOENT:
+                return False
+            raise error
+        return True
+
+    def keys(self) -> Iterator[bytes]:
+        """All keys; entries that come or go meanwhile may be seen or not, none forever."""
+        key: bytes | None = None
+        following = ctypes.create_string_buffer(self.key_size)
+        seen: set[bytes] = set()
+        while True:
+            result = _lib.bpf_map_get_next_key(self.number, key, following)
+            if result < 0:
+                error = _error(f"walk map {self.name}", result)
+                if error.errno == ENOENT:
+                    return
+                raise error
+            key = following.raw
+            # A deleted key restarts the walk (map_get_next_key of hash maps).
+            if key not in seen:
+                seen.add(key)
+                yield key
+            elif len(seen) > 1 << 20:
+                return
+
+    def items(self, chunk: int = 1024) -> Iterator[tuple[bytes, bytes]]:
+        """All (key, value) of a hash map in batches (Linux 5.6); as complete as keys()."""
+        keys = ctypes.create_string_buffer(self.key_size * chunk)
+        values = ctypes.create_string_buffer(self.value_size * chunk)
+        # The cursor is a u32 bucket number, but keep room for a key as the API documents.
+        cursor = ctypes.create_string_buffer(max(self.key_size, 4))
+        first = True
+        while True:
+            count = c_uint32(chunk)
+            result = _lib.bpf_map_lookup_batch(
+                self.number, None if first else cursor, cursor, keys, values, count, None
+            )
+            if result < 0:
+                error = _error(f"read map {self.name}", result)
+                if error.errno == EINTR:
+                    continue
+                if error.errno != ENOENT:
+                    raise error
+            for index in range(count.value):
+                at_key, at_value = index * self.key_size, index * self.value_size
+                yield (
+                    keys.raw[at_key : at_key + self.key_size],
+                    values.raw[at_value : at_value + self.value_size],
+                )
+            if result < 0:
+                return
+            first = False
+
+
+class Object:
+    """A BPF object file: open, set pin paths, load; a context that closes it.
+
+    Descriptors of programs and maps live as long as the object is open.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._pointer = _lib.bpf_object__open_file(path.encode(), None)
+        if not self._pointer:
+            raise _error(f"open BPF object {path}")
+
+    def __enter__(self) -> Object:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _lib.bpf_object__close(self._pointer)
+
+    def _walk(self, function: str) -> Iterator[int]:
+        item = None
+        while True:
+            item = getattr(_lib, function)(self._pointer, item)
+            if not item:
+                return
+            yield item
+
+    def pin_maps_under(self, directory: str) -> list[str]:
+        """Pin every map as ``directory/<name>`` on load, or reuse what is pinned there.
+
+        Maps whose name has a dot (.rodata, .bss) belong to the programs alone.
+
+        Returns:
+            The names of the maps.
+        """
+        names = []
+        for item in self._walk("bpf_object__next_map"):
+            name = _lib.bpf_map__name(item).decode()
+            if "." in name:
+                continue
+            path = f"{directory}/{name}".encode()
+            _check(f"pin map {name}", _lib.bpf_map__set_pin_path(item, path))
+            names.append(name)
+        return names
+
+    def load(self) -> None:
+        """Create the maps and load the programs (verifier)."""
+        _check(f"load BPF object {self._path}", _lib.bpf_object__load(self._pointer))
+
+    def programs(self) -> dict[str, Descriptor]:
+        """Loaded programs by name; their descriptors belong to the object."""
+        return {
+            name: Descriptor(_lib.bpf_program__fd(item), name)
+            for item in self._walk("bpf_object__next_program")
+            for name in [_lib.bpf_program__name(item).decode()]
+        }
+
+    def maps(self) -> dict[str, Descriptor]:
+        """Created maps by name; their descriptors belong to the object."""
+        return {
+            name: Descriptor(_lib.bpf_map__fd(item), name)
+            for item in self._walk("bpf_object__next_map")
+            for name in [_lib.bpf_map__name(item).decode()]
+        }
+
+
+def attach_to_map(program: Descriptor, sockmap: Descriptor) -> None:
+    """Make ``program`` the sk_msg program of sockets that join ``sockmap`` from now on."""
+    result = _lib.bpf_prog_attach(program.number, sockmap.number, ATTACH_SK_MSG, 0)
+    _check(f"attach {program.name} to {sockmap.name}", result)
+
+
+def attach_to_cgroup(program: Descriptor, cgroup: str) -> Descriptor:
+    """Attach a sock_ops program to a cgroup directory; detached when the link is closed.
+
+    A bpf_link, because a legacy attachment without BPF_F_ALLOW_MULTI would block every
+    child cgroup (kernel/bpf/cgroup.c, hierarchy_allows_attach).
+    """
+    directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        number = _lib.bpf_link_create(program.number, directory, ATTACH_SOCK_OPS, None)
+        return Descriptor(_check(f"attach {program.name} to cgroup {cgroup}", number), cgroup)
+    finally:
+        os.close(directory)
+
+
+def update_link(link: Descriptor, program: Descriptor) -> None:
+    """Replace the program of a link; no event goes unseen meanwhile."""
+    result = _lib.bpf_link_update(link.number, program.number, None)
+    _check(f"replace the program of {link.name}", result)
+
+
+def cgroup_programs(cgroup: str, effective: bool = True) -> list[dict[str, object]]:
+    """The sock_ops programs of a cgroup: ``[{"id": int, "name": str}]``.
+
+    Args:
+        effective: those that run for it, including ancestors'; else only its own.
+    """
+    most = 64
+    ids, count = (c_uint32 * most)(), c_uint32(most)
+    directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = _QUERY_EFFECTIVE if effective else 0
+        result = _lib.bpf_prog_query(directory, ATTACH_SOCK_OPS, flags, c_uint32(), ids, count)
+        _check(f"query the programs of cgroup {cgroup}", result)
+    finally:
+        os.close(directory)
+    return [{"id": number, "name": _program_name(number)} for number in ids[: count.value]]
+
+
+def _program_name(number: int) -> str:
+    descriptor = _lib.bpf_prog_get_fd_by_id(number)
+    if descriptor < 0:
+        return ""
+    try:
+        info, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), c_uint32(_PROG_INFO_SIZE)
+        if _lib.bpf_obj_get_info_by_fd(descriptor, info, size) < 0:
+            return ""
+        name = info.raw[_PROG_INFO_NAME : _PROG_INFO_NAME + _NAME]
+        return name.partition(b"\0")[0].decode("utf-8", "replace")
+    finally:
+        os.close(descriptor)
+
+
+def possible_cpus() -> int:
+    """Number of possible CPUs: the length of a per-CPU value."""
+    return _check("count possible CPUs", _lib.libbpf_num_possible_cpus())
+
+
+# enum bpf_prog_type, bpf_map_type and bpf_func_id of linux/bpf.h: those doctor asks for.
+_PROG_TYPES = {"sched_cls": 3, "sock_ops": 13, "sk_msg": 16, "tracing": 26}
+_MAP_TYPES = {
+    "hash": 1,
+    "array": 2,
+    "percpu_hash": 5,
+    "lru_hash": 9,
+    "sockhash": 18,
+    "sk_storage": 24,
+}
+_HELPERS = {
+    "ktime_get_ns": 5,
+    "sock_hash_update": 70,
+    "msg_redirect_hash": 71,
+    "sock_ops_cb_flags_set": 59,
+    "sk_storage_get": 107,
+    "probe_read_kernel": 113,
+    "get_netns_cookie": 122,
+    "skc_to_tcp_sock": 137,
+    "redirect_peer": 155,
+}
+
+
+def probe_prog_type(name: str) -> bool:
+    """True if the kernel loads programs of this type (needs CAP_BPF)."""
+    return bool(_lib.libbpf_probe_bpf_prog_type(_PROG_TYPES[name], None) == 1)
+
+
+def probe_map_type(name: str) -> bool:
+    """True if the kernel creates maps of this type."""
+    return bool(_lib.libbpf_probe_bpf_map_type(_MAP_TYPES[name], None) == 1)
+
+
+def probe_helper(prog_type: str, helper: str) -> bool:
+    """True if the kernel lets programs of this type call this helper."""
+    kind, number = _PROG_TYPES[prog_type], _HELPERS[helper]
+    return bool(_lib.libbpf_probe_bpf_helper(kind, number, None) == 1)

@@ -1,0 +1,1 @@
+"""Doors to the kernel other than bpf(2): namespaces, links, features, mounts."""

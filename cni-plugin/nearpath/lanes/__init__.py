@@ -1,0 +1,1 @@
+"""The lanes: what nearpath does for one attachment, one module per lane."""

@@ -1,0 +1,74 @@
+"""The plugin's log: one line per event, to a size-capped file and to stderr.
+
+Not the standard logging package: it costs several milliseconds of every pod's start.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from nearpath.errors import StateError
+from nearpath.place import Place
+from nearpath.state import secure_dir
+
+# The file is rotated once to ``.1`` at this size, so at most twice this is kept.
+LIMIT = 512 * 1024
+# Control characters (a hostile pod name could forge lines or drive a terminal).
+_CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
+
+
+class Log:
+    """Writes ``<UTC time> <level> [<pid>] <context>: <message>`` lines.
+
+    Args:
+        context: what the lines are about, e.g. ``ADD 3f2a…/eth0 shop/cart``.
+        quiet: no copy on stderr.
+    """
+
+    def __init__(self, place: Place, context: str = "", *, quiet: bool = False) -> None:
+        self._place = place
+        self.context = context
+        self._quiet = quiet
+
+    def info(self, message: str) -> None:
+        """Something that an operator may want to see afterwards."""
+        self._write("info", message)
+
+    def warning(self, message: str) -> None:
+        """Something that works but is not what was asked for."""
+        self._write("warning", message)
+
+    def error(self, message: str) -> None:
+        """Something that failed."""
+        self._write("error", message)
+
+    def _write(self, level: str, message: str) -> None:
+        """Write one line; never raises, for a full disk must not stop a pod."""
+        text = f"{self.context}: {message}" if self.context else message
+        text = text.translate(_CONTROL)[:4000]
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = f"{stamp} {level} [{os.getpid()}] {text}\n".encode("utf-8", "backslashreplace")
+        if not self._quiet and level != "info":
+            try:
+                sys.stderr.write(f"nearpath: {level}: {text}\n")
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                pass
+        try:
+            secure_dir(self._place.run_dir)
+            path = self._place.log_file
+            descriptor = os.open(
+                path,
+                os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o600,
+            )
+            try:
+                os.write(descriptor, line)
+                if os.fstat(descriptor).st_size > LIMIT:
+                    os.rename(path, path + ".1")
+            finally:
+                os.close(descriptor)
+        except (OSError, StateError):
+            pass

@@ -1,0 +1,1 @@
+"""Work that concerns the whole node rather than one attachment."""

@@ -1,0 +1,98 @@
+"""Where nearpath keeps things on this node.
+
+The defaults can be moved by environment variables, which only the runtime's or the
+operator's own environment can set; pods have no way to reach them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nearpath.errors import StateError
+
+TYPE_CHECKING = False  # typing costs start-up time; mypy knows this name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Version of the layout of maps and pins: bumped when a map's key or value changes.
+LAYOUT = 1
+
+
+class Place:
+    """Directories of one nearpath installation on one node.
+
+    Attributes:
+        run_dir: records, lock, log and failure counts; root-only (default /run/nearpath).
+        pin_dir: bpffs directory that holds one ``v<LAYOUT>`` directory per layout
+            (default /sys/fs/bpf/nearpath).
+        cgroup: cgroup v2 directory that the sock_ops program is attached to; empty means
+            the root of the hierarchy, found in mountinfo.
+    """
+
+    __slots__ = ("cgroup", "pin_dir", "run_dir")
+
+    def __init__(
+        self,
+        run_dir: str = "/run/nearpath",
+        pin_dir: str = "/sys/fs/bpf/nearpath",
+        cgroup: str = "",
+    ) -> None:
+        self.run_dir = run_dir
+        self.pin_dir = pin_dir
+        self.cgroup = cgroup
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Place:
+        """Read NEARPATH_RUN_DIR, NEARPATH_PIN_DIR and NEARPATH_CGROUP.
+
+        Raises:
+            StateError: a value is not an absolute, normalised path.
+        """
+        place = cls()
+        for name, attribute in (
+            ("NEARPATH_RUN_DIR", "run_dir"),
+            ("NEARPATH_PIN_DIR", "pin_dir"),
+            ("NEARPATH_CGROUP", "cgroup"),
+        ):
+            value = environ.get(name, "")
+            if not value:
+                continue
+            if not os.path.isabs(value) or os.path.normpath(value) != value or "\0" in value:
+                raise StateError(f"{name} is not an absolute, normalised path: {value!r}")
+            setattr(place, attribute, value)
+        return place
+
+    @property
+    def layout_dir(self) -> str:
+        """bpffs directory of the layout that this executable knows."""
+        return f"{self.pin_dir}/v{LAYOUT}"
+
+    @property
+    def attachments_dir(self) -> str:
+        """Directory with one record per CNI attachment."""
+        return f"{self.run_dir}/attachments"
+
+    @property
+    def lock_file(self) -> str:
+        """flock(2) target: load, unload, registration and removal of pods."""
+        return f"{self.run_dir}/lock"
+
+    @property
+    def log_file(self) -> str:
+        """The plugin's log; see nearpath.log."""
+        return f"{self.run_dir}/nearpath.log"
+
+    @property
+    def failures_file(self) -> str:
+        """Counts of failures by reason (JSON object, reason to integer)."""
+        return f"{self.run_dir}/failures.json"
+
+    @property
+    def unloaded_file(self) -> str:
+        """Marker: an operator unloaded the datapath, so ADD must not load it again."""
+        return f"{self.run_dir}/unloaded"
+
+    @property
+    def digest_file(self) -> str:
+        """Digest of the BPF object whose programs are loaded."""
+        return f"{self.run_dir}/loaded"

@@ -1,0 +1,283 @@
+"""Records of CNI attachments, and the node lock, under the run directory.
+
+One JSON file per attachment (containerID, ifname). A record is written before anything
+in the kernel changes and removed last, so whatever kills the plugin in between leaves a
+record from which DEL and GC can undo. Files are written to a temporary name, synced and
+renamed; the directory is root-only and checked before it is trusted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+
+from nearpath.errors import StateError
+from nearpath.place import Place
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Any
+
+_SUFFIX = ".json"
+_TEMPORARY = ".tmp-"
+# NAME_MAX is 255; room for "@", the interface name (3 x 15 when quoted) and suffixes.
+_LONGEST_ID = 180
+_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
+
+
+def _quote(text: str) -> str:
+    """Percent-encode all but [A-Za-z0-9_.-], so that no name can leave the directory."""
+    if _PLAIN.issuperset(text):
+        return text
+    return "".join(
+        char if char in _PLAIN else "".join(f"%{byte:02x}" for byte in os.fsencode(char))
+        for char in text
+    )
+
+
+def record_name(container_id: str, ifname: str) -> str:
+    """File name of the record of an attachment: ``<containerID>@<ifname>.json``.
+
+    Container IDs too long for a file name are replaced by their BLAKE2 digest.
+    """
+    head = _quote(container_id)
+    if len(head) > _LONGEST_ID:
+        from _blake2 import blake2b  # rare: keep hashlib (OpenSSL) off the hot path
+
+        head = "~" + blake2b(container_id.encode("utf-8", "surrogateescape")).hexdigest()[:64]
+    return f"{head}@{_quote(ifname)}{_SUFFIX}"
+
+
+def secure_dir(path: str) -> str:
+    """Make a root-only directory, or check that an existing one can be trusted.
+
+    Raises:
+        StateError: it is a symlink, belongs to somebody else, or others may write to it.
+    """
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                pass  # another ADD was first
+            info = os.lstat(path)
+        except OSError as error:
+            raise StateError(f"cannot make directory {path}: {error.strerror}") from error
+    except OSError as error:
+        raise StateError(f"cannot look at directory {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(info.st_mode):
+        raise StateError(f"{path} is not a directory", "remove it")
+    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        raise StateError(
+            f"directory {path} is not ours alone (owner {info.st_uid}, mode {info.st_mode:o})",
+            "chown it to root and chmod it to 0700",
+        )
+    return path
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Replace a file atomically and durably (write, fsync, rename), mode 0600."""
+    temporary = os.path.join(
+        os.path.dirname(path), f"{_TEMPORARY}{os.getpid()}-{os.path.basename(path)[:120]}"
+    )
+    try:
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+    except OSError as error:
+        try:
+            os.unlink(temporary)
+        except OSError:
+            pass
+        raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_file(path: str, limit: int = 1 << 20) -> bytes | None:
+    """Content of a regular file of ours, or None if there is none.
+
+    Raises:
+        StateError: unreadable, a symlink, or longer than ``limit`` bytes.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(f"cannot open {path}: {error.strerror}") from error
+    try:
+        data = b""
+        while len(data) <= limit:
+            chunk = os.read(descriptor, 65536)
+            if not chunk:
+                return data
+            data += chunk
+    except OSError as error:
+        raise StateError(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    raise StateError(f"{path} is longer than {limit} bytes", "remove it")
+
+
+class Lock:
+    """The node lock: an exclusive flock(2), released by the kernel if we are killed.
+
+    Waits without a limit of its own; the command's deadline interrupts the wait.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._descriptor = -1
+
+    def __enter__(self) -> Lock:
+        secure_dir(self._place.run_dir)
+        path = self._place.lock_file
+        try:
+            self._descriptor = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise StateError(f"cannot lock {path}: {error.strerror}") from error
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def save(place: Place, record: dict[str, Any]) -> None:
+    """Write the record of one attachment.
+
+    Args:
+        record: JSON object with at least ``container_id`` and ``ifname``.
+    """
+    secure_dir(place.run_dir)
+    directory = secure_dir(place.attachments_dir)
+    name = record_name(record["container_id"], record["ifname"])
+    write_file(f"{directory}/{name}", json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _parse(path: str) -> dict[str, Any] | None:
+    data = read_file(path)
+    if data is None:
+        return None
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"record {path} is not JSON", "remove it") from error
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("container_id"), str)
+        or not isinstance(record.get("ifname"), str)
+    ):
+        raise StateError(f"record {path} is not an attachment record", "remove it")
+    return record
+
+
+def load(place: Place, container_id: str, ifname: str) -> dict[str, Any] | None:
+    """The record of one attachment, or None.
+
+    Raises:
+        StateError: there is one and it cannot be read or parsed.
+    """
+    return _parse(f"{place.attachments_dir}/{record_name(container_id, ifname)}")
+
+
+def remove(place: Place, container_id: str, ifname: str) -> None:
+    """Remove the record of one attachment; none there is fine."""
+    path = f"{place.attachments_dir}/{record_name(container_id, ifname)}"
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StateError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def records(place: Place) -> Iterator[dict[str, Any]]:
+    """All readable records, sorted by file name; unreadable ones are passed over."""
+    try:
+        names = sorted(os.listdir(place.attachments_dir))
+    except OSError:
+        return
+    for name in names:
+        if not name.endswith(_SUFFIX) or name.startswith(_TEMPORARY):
+            continue
+        try:
+            record = _parse(f"{place.attachments_dir}/{name}")
+        except StateError:
+            continue
+        if record is not None:
+            yield record
+
+
+def sweep(place: Place) -> int:
+    """Remove temporary files of writers that no longer live; the count removed."""
+    removed = 0
+    for directory in (place.run_dir, place.attachments_dir):
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue
+        for name in names:
+            if not name.startswith(_TEMPORARY):
+                continue
+            pid = name[len(_TEMPORARY) :].partition("-")[0]
+            if pid.isdigit() and os.path.exists(f"/proc/{pid}"):
+                continue
+            try:
+                os.unlink(f"{directory}/{name}")
+                removed += 1
+            except OSError:
+                pass
+    return removed
+
+
+def count_failure(place: Place, reason: str) -> None:
+    """Add one to the count of a failure reason; call it with the node lock not held.
+
+    Never raises: counting must not make a failure worse.
+    """
+    try:
+        with Lock(place):
+            counts = failures(place)
+            counts[reason] = counts.get(reason, 0) + 1
+            write_file(place.failures_file, json.dumps(counts, sort_keys=True).encode() + b"\n")
+    except StateError:
+        pass
+
+
+def failures(place: Place) -> dict[str, int]:
+    """Counts of failures by reason; empty if there are none or the file is damaged."""
+    try:
+        counts = json.loads(read_file(place.failures_file) or b"{}")
+    except (StateError, ValueError, RecursionError):
+        return {}
+    if not isinstance(counts, dict):
+        return {}
+    return {key: value for key, value in counts.items() if isinstance(value, int)}
