@@ -68,8 +68,8 @@ enum counter {
 	C_KERNEL_BYTES,
 	/* sockets */
 	C_JOINED,
-	C_LEFT_HALF_CLOSE,
-	C_STAYED_HALF_CLOSE,
+	C_LEFT,	  /* left the map with its FIN, to be native again */
+	C_STAYED, /* sent its FIN with redirected data unread or on its way */
 	/* why a message of a joined socket took the kernel path */
 	C_PAUSED,
 	C_PEER_NOT_JOINED,

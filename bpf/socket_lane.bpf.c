@@ -22,7 +22,7 @@
  * connections  {c, s}                    struct connection     both               both, user space
  * counters     netns cookie              struct counters       both               user space
  *
- * Deleting from sockets destroys unread redirected data: only leave() does it.
+ * Deleting from sockets destroys unread redirected data: only leave() does it, and only when there is none.
  */
 #include <stdbool.h>
 
@@ -342,7 +342,8 @@ static __always_inline bool redirect_in_flight(const struct connection *connecti
 	struct sk_psock *psock;
 	struct sock *sk;
 
-	if (!connection->redirected_at[peer])
+	/* Never, or closed: no sendmsg of it can be running any more. */
+	if (!connection->redirected_at[peer] || !(connection->joined & 1 << peer))
 		return false;
 	if (bpf_ktime_get_ns() - connection->redirected_at[peer] > IN_FLIGHT_NS)
 		return false;
@@ -354,59 +355,59 @@ static __always_inline bool redirect_in_flight(const struct connection *connecti
 }
 
 /*
- * We have sent our FIN. A blocking reader whose socket is in a sockmap would be woken by
- * FIN_WAIT1 → FIN_WAIT2 and get EAGAIN, for tcp_bpf_recvmsg waits only once. Out of the
- * map it reads as on the kernel path; but leaving destroys what was redirected and not
- * read, so leave only with an empty queue and nothing on its way.
+ * Out of the map, if that destroys nothing: it would what was redirected and not read, so
+ * only with an empty queue and nothing on its way. Tells whether we are out.
  */
-static __always_inline void leave(struct bpf_sock_ops *ctx, struct socket_facts *own)
+static __always_inline bool leave(struct bpf_sock_ops *ctx, struct connection *connection,
+				  struct socket_facts *own)
 {
-	struct connection *connection = bpf_map_lookup_elem(&connections, &own->connection);
 	struct sequences key = own->connection;
 	struct sock *sk = kernel_socket(ctx);
 
-	if (!connection || !sk)
-		return;
 	if (own->side == SERVER) {
 		key.first = own->connection.second;
 		key.second = own->connection.first;
 	}
-	__sync_fetch_and_or(&connection->closing, 1 << (own->side & 1));
-	if (redirect_in_flight(connection, !(own->side & 1)) || !queue_empty(sk)) {
-		count(own->netns, C_STAYED_HALF_CLOSE, 1);
-		return;
-	}
-	if (!bpf_map_delete_elem(&sockets, &key))
-		count(own->netns, C_LEFT_HALF_CLOSE, 1);
-}
-
-/* The socket is gone; the kernel takes it out of the map sockets by itself. */
-static __always_inline void forget(struct socket_facts *own)
-{
-	struct connection *connection = bpf_map_lookup_elem(&connections, &own->connection);
-	__u32 mine = 1 << (own->side & 1);
-
-	if (!connection)
-		return;
-	__sync_fetch_and_or(&connection->closing, mine);
-	if (!(__sync_fetch_and_and(&connection->joined, ~mine) & ~mine))
-		bpf_map_delete_elem(&connections, &own->connection);
+	if (!sk || redirect_in_flight(connection, !(own->side & 1)) || !queue_empty(sk))
+		return false;
+	return !bpf_map_delete_elem(&sockets, &key);
 }
 
 static __always_inline void state_changed(struct bpf_sock_ops *ctx, __u32 state)
 {
 	struct bpf_sock *sk = ctx->sk;
+	struct connection *connection;
 	struct socket_facts *own;
+	__u32 mine;
 
+	if (state != BPF_TCP_FIN_WAIT1 && state != BPF_TCP_LAST_ACK && state != BPF_TCP_CLOSE)
+		return;
 	if (!sk)
 		return;
 	own = bpf_sk_storage_get(&facts, sk, NULL, 0);
 	if (!own)
 		return;
-	if (state == BPF_TCP_FIN_WAIT1 || state == BPF_TCP_LAST_ACK)
-		leave(ctx, own);
-	else if (state == BPF_TCP_CLOSE)
-		forget(own);
+	connection = bpf_map_lookup_elem(&connections, &own->connection);
+	if (!connection)
+		return;
+	mine = 1 << (own->side & 1);
+	/* From here on the peer takes the kernel path; see redirect_in_flight(). */
+	__sync_fetch_and_or(&connection->closing, mine);
+	if (state != BPF_TCP_CLOSE) {
+		/*
+		 * We have sent our FIN. In the map a blocking reader would be woken by
+		 * FIN_WAIT1 → FIN_WAIT2 and get EAGAIN, for tcp_bpf_recvmsg waits only once.
+		 */
+		count(own->netns, leave(ctx, connection, own) ? C_LEFT : C_STAYED, 1);
+		return;
+	}
+	/*
+	 * Reset by the peer, most likely. In the map every write would report the error again
+	 * (tcp_bpf_sendmsg does not consume sk_err); on the kernel path only the first does.
+	 */
+	leave(ctx, connection, own);
+	if (!(__sync_fetch_and_and(&connection->joined, ~mine) & ~mine))
+		bpf_map_delete_elem(&connections, &own->connection);
 }
 
 SEC("sockops")
@@ -445,7 +446,7 @@ int nearpath_sockops(struct bpf_sock_ops *ctx)
  * redirected queue first; kernel → redirect only when nothing sent by TCP is unread.
  */
 static __always_inline enum counter choose_path(struct connection *connection, __u32 side,
-						struct tcp_sock *tp)
+						struct tcp_sock *tp, __u32 size)
 {
 	__u32 peer = !side;
 	struct tcp_sock *receiver = (struct tcp_sock *)connection->sk[peer];
@@ -462,14 +463,14 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	if (BPF_CORE_READ(receiver, copied_seq) != tp->write_seq)
 		return C_NOT_DRAINED;
 	/*
-	 * A redirect has no flow control. At half of the buffer TCP's own window takes over
-	 * while it is still open: were it full, TCP's segments would be dropped and the
-	 * sender would wait for its retransmission timer, for reading redirected bytes
-	 * sends no window update.
+	 * A redirect has no flow control. Up to half of the buffer; beyond, TCP's own window
+	 * takes over while it is still open: were the buffer full, TCP's segments would be
+	 * dropped and the sender would wait for its retransmission timer, for reading
+	 * redirected bytes sends no window update.
 	 */
 	unread = BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
 	limit = BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_rcvbuf);
-	if (unread > limit / 2)
+	if (unread + size > limit / 2)
 		return C_RECEIVER_BEHIND;
 	/*
 	 * Last, and in this order: our mark, a full barrier (that of the atomic), their bit.
@@ -528,7 +529,7 @@ int nearpath_message(struct sk_msg_md *msg)
 	if (!connection || !tp)
 		return SK_PASS;
 	side = own->side & 1;
-	path = choose_path(connection, side, tp);
+	path = choose_path(connection, side, tp, msg->size);
 	if (path == C_REDIRECTED_MESSAGES) {
 		peer = own->connection;
 		if (side == CLIENT) {

@@ -199,6 +199,27 @@ def _parse(path: str) -> dict[str, Any] | None:
     return record
 
 
+# Reasons for a lane being off that were somebody's choice; all others are failures, which
+# the next load of the datapath mends.
+CHOSEN = frozenset({"excluded-namespace", "annotation", "config", "own-netns", "other-attachment"})
+
+
+def lane_of(record: dict[str, Any], lane: str = "socket") -> tuple[str, str]:
+    """State ("on" or "off") and reason of a lane in a record, whatever the record holds."""
+    lanes = record.get("lanes")
+    found = lanes.get(lane) if isinstance(lanes, dict) else None
+    if not isinstance(found, dict):
+        return "off", ""
+    return ("on" if found.get("state") == "on" else "off"), str(found.get("reason", ""))
+
+
+def cookie_of(record: dict[str, Any] | None) -> int:
+    """Network namespace cookie of a record; 0 if it holds none."""
+    cookie = record.get("netns_cookie") if record else 0
+    usable = isinstance(cookie, int) and not isinstance(cookie, bool) and 0 < cookie < 1 << 64
+    return cookie if usable and isinstance(cookie, int) else 0
+
+
 def load(place: Place, container_id: str, ifname: str) -> dict[str, Any] | None:
     """The record of one attachment, or None.
 

@@ -73,7 +73,7 @@ def load(place: Place) -> bool:
         True if this call loaded or replaced anything.
     """
     with state.Lock(place):
-        _unmark(place)
+        _remove_pin(place.unloaded_file)
         if is_loaded(place):
             return _replace(place)
         _load(place)
@@ -159,9 +159,11 @@ def _replace(place: Place) -> bool:
         with libbpf.Descriptor.open_pinned(f"{place.layout_dir}/{_LINK}") as link:
             libbpf.update_link(link, programs[_SOCKOPS])
         for name, program in programs.items():
-            path = f"{place.layout_dir}/prog_{name}"
-            program.pin(f"{path}.new")
-            os.rename(f"{path}.new", path)
+            # No dot in the name: bpffs keeps those for itself (bpf_lookup, kernel/bpf/inode.c).
+            fresh = f"{place.layout_dir}/new_{name}"
+            _remove_pin(fresh)
+            program.pin(fresh)
+            os.rename(fresh, f"{place.layout_dir}/prog_{name}")
     _note_digest(place)
     return True
 
@@ -185,14 +187,19 @@ def _noted_digest(place: Place) -> str:
 
 
 def _register_recorded(place: Place) -> None:
-    """Make all recorded pods known to freshly built maps."""
+    """Make recorded pods known to freshly built maps, also those that an ADD without a
+    datapath has left on the kernel path."""
     from nearpath.datapath import tables
 
     for record in state.records(place):
-        cookie = record.get("netns_cookie")
-        lane = (record.get("lanes") or {}).get("socket") or {}
-        if isinstance(cookie, int) and cookie > 0 and lane.get("state") == "on":
-            tables.set_pod(place, cookie, tables.POD_SOCKET_LANE)
+        cookie = state.cookie_of(record)
+        lane, reason = state.lane_of(record)
+        if not cookie or (lane == "off" and reason in state.CHOSEN):
+            continue
+        tables.set_pod(place, cookie, tables.POD_SOCKET_LANE)
+        if lane == "off":
+            record["lanes"] = {**(record.get("lanes") or {}), "socket": {"state": "on", "reason": ""}}
+            state.save(place, record)
 
 
 def unload(place: Place, report: Callable[[str], None], timeout: float = 30.0) -> dict[str, Any]:
@@ -234,11 +241,8 @@ def _retire_loaded(place: Place, report: Callable[[str], None]) -> None:
         report("paused: every message takes the kernel path")
     except BpfError as error:
         report(f"cannot pause: {error}")
-    try:
-        os.unlink(f"{place.layout_dir}/{_LINK}")
-        report("detached: no socket joins any more")
-    except FileNotFoundError:
-        pass
+    _remove_pin(f"{place.layout_dir}/{_LINK}")
+    report("detached: no socket joins any more")
     os.rename(place.layout_dir, f"{place.pin_dir}/{_DRAINING}{time.monotonic_ns()}")
 
 
@@ -298,9 +302,9 @@ def _remove_pins(directory: str) -> None:
         raise StateError(f"cannot remove pins {directory}: {error.strerror}") from error
 
 
-def _unmark(place: Place) -> None:
+def _remove_pin(path: str) -> None:
     try:
-        os.unlink(place.unloaded_file)
+        os.unlink(path)
     except FileNotFoundError:
         pass
 

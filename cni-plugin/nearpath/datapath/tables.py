@@ -22,8 +22,8 @@ POD_SOCKET_LANE = 1  # struct pod.flags
 MESSAGES = ("redirected_messages", "redirected_bytes", "kernel_messages", "kernel_bytes")
 REASONS = (
     "joined",
-    "left_half_close",
-    "stayed_half_close",
+    "left",
+    "stayed",
     "paused",
     "peer_not_joined",
     "peer_closing",
