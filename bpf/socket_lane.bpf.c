@@ -307,9 +307,14 @@ static __always_inline bool queue_empty(struct sock *sk)
 	       __builtin_preserve_access_index(&psock->ingress_msg);
 }
 
-/* Tasks that sleep in recvmsg or sendmsg of this socket (not in poll or epoll). */
-static __always_inline int waiting_tasks(struct sock *sk)
+/*
+ * Tasks that sleep in recvmsg or sendmsg of this socket (not in poll or epoll). Global and
+ * with an integer for an argument, so that the verifier looks at it once and not for every
+ * turn of the loop around it.
+ */
+__noinline int waiting_tasks(__u64 address)
 {
+	struct sock *sk = (struct sock *)address;
 	struct socket_wq *wq = BPF_CORE_READ(sk, sk_wq);
 	struct list_head *head, *item;
 	int found = 0;
@@ -358,7 +363,7 @@ static __always_inline bool redirect_in_flight(const struct connection *connecti
 	 * usual reason for a reference too many; it takes less than this loop (about 20 us).
 	 */
 	for (int i = 0; i < PATIENCE; i++)
-		if (BPF_CORE_READ(psock, refcnt.refs.counter) == 1 + waiting_tasks(sk))
+		if (BPF_CORE_READ(psock, refcnt.refs.counter) == 1 + waiting_tasks((__u64)sk))
 			return false;
 	return true;
 }
