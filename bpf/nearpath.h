@@ -52,6 +52,7 @@ struct connection {
 	__u64 kernel_bytes[2];
 	__u32 joined;  /* bit per side: its socket is or was in the map sockets */
 	__u32 closing; /* bit per side: it has sent its FIN, or is gone */
+	__u64 empty_at[2]; /* redirected_messages of each side when its peer had read all */
 };
 
 struct settings {

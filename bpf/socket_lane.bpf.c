@@ -46,6 +46,8 @@
 #define MOST_WAITERS 8
 /* Times that redirect_in_flight() looks at the peer. */
 #define PATIENCE 200
+/* Redirected messages that a reader may leave unread; see choose_path(). */
+#define MOST_UNREAD_MESSAGES 256
 /* sk_user_data's low bits are flags (SK_USER_DATA_*, include/net/sock.h). */
 #define USER_DATA_FLAGS 7ull
 
@@ -485,6 +487,12 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	unread = BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
 	limit = BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_rcvbuf);
 	if (unread + size > limit / 2)
+		return C_RECEIVER_BEHIND;
+	/* sk_rmem_alloc counts bytes; every message takes another 1 KiB (struct sk_msg). */
+	if (!unread)
+		connection->empty_at[side] = connection->redirected_messages[side];
+	else if (connection->redirected_messages[side] - connection->empty_at[side] >=
+		 MOST_UNREAD_MESSAGES)
 		return C_RECEIVER_BEHIND;
 	/*
 	 * Last, and in this order: our mark, a full barrier (that of the atomic), their bit.

@@ -15,6 +15,7 @@ from nearpath.state import secure_dir
 
 # The file is rotated once to ``.1`` at this size, so at most twice this is kept.
 LIMIT = 512 * 1024
+_LEVELS = ("info", "warning", "error")
 # Control characters (a hostile pod name could forge lines or drive a terminal).
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
 
@@ -24,12 +25,16 @@ class Log:
 
     Args:
         context: what the lines are about, e.g. ``ADD 3f2a…/eth0 shop/cart``.
+        level: the least severe level that is written: info, warning or error.
         quiet: no copy on stderr.
     """
 
-    def __init__(self, place: Place, context: str = "", *, quiet: bool = False) -> None:
+    def __init__(
+        self, place: Place, context: str = "", *, level: str = "info", quiet: bool = False
+    ) -> None:
         self._place = place
         self.context = context
+        self._wanted = _LEVELS[_LEVELS.index(level) :]
         self._quiet = quiet
 
     def info(self, message: str) -> None:
@@ -46,6 +51,8 @@ class Log:
 
     def _write(self, level: str, message: str) -> None:
         """Write one line; never raises, for a full disk must not stop a pod."""
+        if level not in self._wanted:
+            return
         text = f"{self.context}: {message}" if self.context else message
         text = text.translate(_CONTROL)[:4000]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -54,7 +61,7 @@ class Log:
             try:
                 sys.stderr.write(f"nearpath: {level}: {text}\n")
                 sys.stderr.flush()
-            except (OSError, ValueError):
+            except (OSError, ValueError, AttributeError):  # closed, full, or None
                 pass
         try:
             secure_dir(self._place.run_dir)

@@ -5,7 +5,7 @@ Pins, under Place.pin_dir in bpffs:
     loading/             being built; anything there is left over from a killed loader
     v<LAYOUT>/           maps by name, programs as prog_<name>, and link_sockops:
                          the datapath is loaded if and only if link_sockops exists
-    draining-<ns>/       retired maps whose sockets are still open
+    draining-<ns>/       retired: paused, and gone once the last socket in it is closed
 
 Every step can be the last (kill -9): the directory is built aside and renamed into place,
 the cgroup link is attached after that, so a sockhash that may hold sockets is always pinned.
@@ -75,6 +75,9 @@ def load(place: Place) -> bool:
     with state.Lock(place):
         _remove_pin(place.unloaded_file)
         if is_loaded(place):
+            from nearpath.datapath import tables
+
+            tables.set_paused(place, False)  # a killed unload may have left it so
             return _replace(place)
         _load(place)
         return True
@@ -198,7 +201,10 @@ def _register_recorded(place: Place) -> None:
             continue
         tables.set_pod(place, cookie, tables.POD_SOCKET_LANE)
         if lane == "off":
-            record["lanes"] = {**(record.get("lanes") or {}), "socket": {"state": "on", "reason": ""}}
+            record["lanes"] = {
+                **(record.get("lanes") or {}),
+                "socket": {"state": "on", "reason": ""},
+            }
             state.save(place, record)
 
 
@@ -238,11 +244,11 @@ def _retire_loaded(place: Place, report: Callable[[str], None]) -> None:
         return
     try:
         tables.set_paused(place, True)
-        report("paused: every message takes the kernel path")
+        report("paused: no socket joins, every message takes the kernel path")
     except BpfError as error:
         report(f"cannot pause: {error}")
-    _remove_pin(f"{place.layout_dir}/{_LINK}")
-    report("detached: no socket joins any more")
+    # link_sockops goes with the other pins when they are drained: until then the sockets in
+    # the map need it to half-close as on the kernel path (state_changed, socket_lane.bpf.c).
     os.rename(place.layout_dir, f"{place.pin_dir}/{_DRAINING}{time.monotonic_ns()}")
 
 

@@ -43,7 +43,7 @@ _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
 _SETTINGS = struct.Struct("=II")
 _SEQUENCES = struct.Struct("=II")
-_CONNECTION = struct.Struct("=14QII")
+_CONNECTION = struct.Struct("=14QII2Q")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 # Cookies start at 1 (net/core/net_namespace.c): 0 keeps the counts of pods that are gone.
 GONE = 0

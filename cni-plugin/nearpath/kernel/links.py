@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import os
 import struct
 from _socket import AF_INET, SOCK_DGRAM, if_indextoname, if_nametoindex, socket
 
@@ -22,7 +23,7 @@ _MOST_STATS = 4096
 
 def _ethtool(control: socket, ifname: str, buffer: array.array[int]) -> None:
     address, _ = buffer.buffer_info()
-    request = struct.pack("16sP16x", ifname.encode()[:15], address)
+    request = struct.pack("16sP16x", os.fsencode(ifname)[:15], address)
     fcntl.ioctl(control, _SIOCETHTOOL, request)
 
 
