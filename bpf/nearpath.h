@@ -43,15 +43,15 @@ struct socket_facts {
 };
 
 struct connection {
-	__u64 sk[2];		     /* kernel address of each side's socket */
-	__u64 netns[2];		     /* cookie of each side's network namespace */
-	__u64 redirected_at[2];	     /* ktime (ns) when each side last (nearly) redirected */
+	__u64 sk[2];		/* kernel address of each side's socket */
+	__u64 netns[2];		/* cookie of each side's network namespace */
+	__u64 redirected_at[2]; /* ktime (ns) when each side last (nearly) redirected */
 	__u64 redirected_messages[2];
 	__u64 redirected_bytes[2];
 	__u64 kernel_messages[2];
 	__u64 kernel_bytes[2];
-	__u32 joined;  /* bit per side: its socket is or was in the map sockets */
-	__u32 closing; /* bit per side: it has sent its FIN, or is gone */
+	__u32 joined;	   /* bit per side: its socket is or was in the map sockets */
+	__u32 closing;	   /* bit per side: it has sent its FIN, or is gone */
 	__u64 empty_at[2]; /* redirected_messages of each side when its peer had read all */
 };
 

@@ -223,8 +223,8 @@ static __always_inline enum counter join(struct bpf_sock_ops *ctx, struct sequen
 	error = bpf_sock_hash_update(ctx, &sockets, own, BPF_NOEXIST);
 	if (!error) {
 		/* Keep the flags that other sock_ops programs on this node have set. */
-		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
-						       BPF_SOCK_OPS_STATE_CB_FLAG);
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 		return C_JOINED;
 	}
 	bpf_sk_storage_delete(&facts, sk);

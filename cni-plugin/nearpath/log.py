@@ -10,8 +10,11 @@ import sys
 import time
 
 from nearpath.errors import StateError
-from nearpath.place import Place
 from nearpath.state import secure_dir
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nearpath.place import Place
 
 # The file is rotated once to ``.1`` at this size, so at most twice this is kept.
 LIMIT = 512 * 1024

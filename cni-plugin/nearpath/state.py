@@ -9,18 +9,19 @@ renamed; the directory is root-only and checked before it is trusted.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import stat
 
+from nearpath import quickjson
 from nearpath.errors import StateError
-from nearpath.place import Place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
     from typing import Any
+
+    from nearpath.place import Place
 
 _SUFFIX = ".json"
 _TEMPORARY = ".tmp-"
@@ -179,7 +180,7 @@ def save(place: Place, record: dict[str, Any]) -> None:
     secure_dir(place.run_dir)
     directory = secure_dir(place.attachments_dir)
     name = record_name(record["container_id"], record["ifname"])
-    write_file(f"{directory}/{name}", json.dumps(record, indent=1).encode() + b"\n")
+    write_file(f"{directory}/{name}", quickjson.dumps(record).encode() + b"\n")
 
 
 def _parse(path: str) -> dict[str, Any] | None:
@@ -187,7 +188,7 @@ def _parse(path: str) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        record = json.loads(data)
+        record = quickjson.loads(data)
     except (ValueError, RecursionError) as error:
         raise StateError(f"record {path} is not JSON", "remove it") from error
     if (
@@ -288,7 +289,7 @@ def count_failure(place: Place, reason: str) -> None:
         with Lock(place):
             counts = failures(place)
             counts[reason] = counts.get(reason, 0) + 1
-            write_file(place.failures_file, json.dumps(counts, sort_keys=True).encode() + b"\n")
+            write_file(place.failures_file, quickjson.dumps(counts).encode() + b"\n")
     except StateError:
         pass
 
@@ -296,7 +297,7 @@ def count_failure(place: Place, reason: str) -> None:
 def failures(place: Place) -> dict[str, int]:
     """Counts of failures by reason; empty if there are none or the file is damaged."""
     try:
-        counts = json.loads(read_file(place.failures_file) or b"{}")
+        counts = quickjson.loads(read_file(place.failures_file) or b"{}")
     except (StateError, ValueError, RecursionError):
         return {}
     if not isinstance(counts, dict):

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from helpers.commands import run
 from helpers.leaks import nothing_left
 from helpers.netns import namespace, preserved_sysctls
-
 from nearpath.datapath import loader
 from nearpath.kernel import cgroup, netns
 from nearpath.lanes import socket as lane
@@ -127,11 +127,13 @@ def place(tmp_path: Path) -> Iterator[Place]:
 def pods() -> Iterator[tuple[Pod, Pod]]:
     """The two pods, connected by one veth, with cubic as congestion control."""
     with ExitStack() as stack:
-        paths = [stack.enter_context(namespace("lane")) for _ in range(2)]
+        paths = [stack.enter_context(namespace()) for _ in range(2)]
         names = [Path(path).name for path in paths]
         run(
-            ["ip", "link", "add", "eth0", "netns", names[0], "type", "veth"]
-            + ["peer", "name", "eth0", "netns", names[1]]
+            [
+                *["ip", "link", "add", "eth0", "netns", names[0], "type", "veth"],
+                *["peer", "name", "eth0", "netns", names[1]],
+            ]
         )
         for number, name in enumerate(names, start=1):
             in_pod = ["ip", "-n", name]

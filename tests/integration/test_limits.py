@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+
 from helpers.commands import wait_until
 
 if TYPE_CHECKING:

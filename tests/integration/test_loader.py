@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from helpers.commands import wait_until
 from helpers.leaks import snapshot
-
 from nearpath import state
-from nearpath.datapath import libbpf, loader, tables
+from nearpath.datapath import libbpf, loader, maps, tables
 from nearpath.errors import BpfError, Unavailable
 from nearpath.kernel import cgroup, mounts
 from nearpath.lanes import socket as lane
@@ -213,7 +213,10 @@ def test_nothing_is_left_after_load_and_unload(place: Place) -> None:
 def test_tables_refuse_wrong_sizes(place: Place) -> None:
     """A value of another layout's size never reaches the kernel."""
     loader.ensure(place)
-    with libbpf.Map.pinned(f"{place.layout_dir}/pods", 8, 4) as pods, pytest.raises(ValueError):
+    with (
+        maps.Map.pinned(f"{place.layout_dir}/pods", 8, 4) as pods,
+        pytest.raises(ValueError, match="bytes long"),
+    ):
         pods.update(b"short", bytes(4))
     assert tables.all_pods(place) == {}
 

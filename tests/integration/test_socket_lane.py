@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
+
 from helpers.capture import capture
 from helpers.commands import run, wait_until
 from helpers.netns import inside
-
 from nearpath.datapath import tables
 from nearpath.kernel import netns
 from nearpath.lanes import socket as lane
@@ -132,12 +132,16 @@ def test_a_pod_talking_to_itself_takes_the_lane(lab: Lab) -> None:
 @pytest.mark.parametrize(
     "rule",
     [
-        "add chain ip nat prerouting {{ type nat hook prerouting priority -100; }};"
-        "add rule ip nat prerouting tcp dport 80 redirect to :{port}",
-        "add chain ip nat prerouting {{ type nat hook prerouting priority -100; }};"
-        "add chain ip nat input {{ type nat hook input priority 100; }};"
-        "add rule ip nat prerouting tcp dport 80 redirect to :{port};"
-        "add rule ip nat input tcp dport {port} snat to 10.77.0.99",
+        (
+            "add chain ip nat prerouting {{ type nat hook prerouting priority -100; }};"
+            "add rule ip nat prerouting tcp dport 80 redirect to :{port}"
+        ),
+        (
+            "add chain ip nat prerouting {{ type nat hook prerouting priority -100; }};"
+            "add chain ip nat input {{ type nat hook input priority 100; }};"
+            "add rule ip nat prerouting tcp dport 80 redirect to :{port};"
+            "add rule ip nat input tcp dport {port} snat to 10.77.0.99"
+        ),
     ],
     ids=["redirect", "redirect and source"],
 )

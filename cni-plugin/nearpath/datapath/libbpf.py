@@ -1,4 +1,4 @@
-"""libbpf by ctypes: the only module that reaches bpf(2).
+"""libbpf by ctypes: loads and attaches programs. Maps have their own module (maps.py).
 
 argtypes are set once; each wrapper turns libbpf's answer into BpfError with the noun that
 failed. libbpf 1.x reports errors as NULL or a negative number with errno set (libbpf_get_error
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from errno import EINTR, ENOENT
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_void_p
 
 from nearpath.datapath import bundle
+from nearpath.datapath.maps import Descriptor
 from nearpath.errors import BpfError
 
 TYPE_CHECKING = False
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 # linux/bpf.h
-ANY, NOEXIST, EXIST = 0, 1, 2
 ATTACH_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS
 ATTACH_SK_MSG = 7  # BPF_SK_MSG_VERDICT
 _QUERY_EFFECTIVE = 1  # BPF_F_QUERY_EFFECTIVE
@@ -32,22 +31,6 @@ _PROG_INFO_SIZE = 80
 
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     # name: (result, *arguments)
-    "bpf_obj_get": (c_int, c_char_p),
-    "bpf_obj_pin": (c_int, c_int, c_char_p),
-    "bpf_map_lookup_elem": (c_int, c_int, c_void_p, c_void_p),
-    "bpf_map_update_elem": (c_int, c_int, c_void_p, c_void_p, c_uint64),
-    "bpf_map_delete_elem": (c_int, c_int, c_void_p),
-    "bpf_map_get_next_key": (c_int, c_int, c_void_p, c_void_p),
-    "bpf_map_lookup_batch": (
-        c_int,
-        c_int,
-        c_void_p,
-        c_void_p,
-        c_void_p,
-        c_void_p,
-        POINTER(c_uint32),
-        c_void_p,
-    ),
     "bpf_prog_attach": (c_int, c_int, c_int, c_int, c_uint32),
     "bpf_link_create": (c_int, c_int, c_int, c_int, c_void_p),
     "bpf_link_update": (c_int, c_int, c_int, c_void_p),
@@ -72,7 +55,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map__set_pin_path": (c_int, c_void_p, c_char_p),
     "bpf_program__name": (c_char_p, c_void_p),
     "bpf_program__fd": (c_int, c_void_p),
-    "libbpf_num_possible_cpus": (c_int,),
     "libbpf_probe_bpf_prog_type": (c_int, c_int, c_void_p),
     "libbpf_probe_bpf_map_type": (c_int, c_int, c_void_p),
     "libbpf_probe_bpf_helper": (c_int, c_int, c_int, c_void_p),
@@ -139,149 +121,6 @@ def _check(what: str, result: int) -> int:
     if result < 0:
         raise _error(what, result)
     return result
-
-
-class Descriptor:
-    """A file descriptor of a map, program or link; a context that closes it."""
-
-    def __init__(self, number: int, name: str) -> None:
-        self.number = number
-        self.name = name
-
-    @classmethod
-    def open_pinned(cls, path: str) -> Descriptor:
-        """Open what is pinned at ``path`` in bpffs.
-
-        Raises:
-            BpfError: errno ENOENT if nothing is pinned there.
-        """
-        number = _lib.bpf_obj_get(path.encode())
-        return cls(_check(f"open pin {path}", number), path)
-
-    def pin(self, path: str) -> None:
-        """Pin at ``path``; it must not exist."""
-        _check(f"pin {path}", _lib.bpf_obj_pin(self.number, path.encode()))
-
-    def close(self) -> None:
-        """Close the descriptor; harmless when closed already."""
-        if self.number >= 0:
-            os.close(self.number)
-            self.number = -1
-
-    def __enter__(self) -> Descriptor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Map(Descriptor):
-    """A map with keys and values as bytes of fixed sizes.
-
-    Args:
-        key_size: bytes of a key.
-        value_size: bytes of a value; of a per-CPU map the value of one CPU.
-        per_cpu: values are arrays over all possible CPUs, each padded to 8 bytes.
-    """
-
-    def __init__(
-        self, number: int, name: str, key_size: int, value_size: int, per_cpu: bool = False
-    ) -> None:
-        super().__init__(number, name)
-        self.key_size = key_size
-        self.value_size = value_size
-        if per_cpu:
-            self.value_size = (value_size + 7) // 8 * 8 * possible_cpus()
-
-    @classmethod
-    def pinned(cls, path: str, key_size: int, value_size: int, per_cpu: bool = False) -> Map:
-        """Open the map pinned at ``path``."""
-        number = _check(f"open pinned map {path}", _lib.bpf_obj_get(path.encode()))
-        return cls(number, path, key_size, value_size, per_cpu)
-
-    def __enter__(self) -> Map:
-        return self
-
-    def lookup(self, key: bytes) -> bytes | None:
-        """The value of ``key``, or None."""
-        value = ctypes.create_string_buffer(self.value_size)
-        result = _lib.bpf_map_lookup_elem(self.number, key, value)
-        if result < 0:
-            error = _error(f"look up in map {self.name}", result)
-            if error.errno == ENOENT:
-                return None
-            raise error
-        return value.raw
-
-    def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
-        """Set ``key`` to ``value``."""
-        if len(key) != self.key_size or len(value) != self.value_size:
-            raise ValueError(f"map {self.name}: key {len(key)} or value {len(value)} bytes long")
-        result = _lib.bpf_map_update_elem(self.number, key, value, flags)
-        _check(f"update map {self.name}", result)
-
-    def delete(self, key: bytes) -> bool:
-        """Delete ``key``; False if it was not there."""
-        result = _lib.bpf_map_delete_elem(self.number, key)
-        if result < 0:
-            error = _error(f"delete from map {self.name}", result)
-            if error.errno == ENOENT:
-                return False
-            raise error
-        return True
-
-    def keys(self) -> Iterator[bytes]:
-        """All keys; entries that come or go meanwhile may be seen or not, none forever."""
-        key: bytes | None = None
-        following = ctypes.create_string_buffer(self.key_size)
-        seen: set[bytes] = set()
-        while True:
-            result = _lib.bpf_map_get_next_key(self.number, key, following)
-            if result < 0:
-                error = _error(f"walk map {self.name}", result)
-                if error.errno == ENOENT:
-                    return
-                raise error
-            key = following.raw
-            # A deleted key restarts the walk (map_get_next_key of hash maps).
-            if key not in seen:
-                seen.add(key)
-                yield key
-            elif len(seen) > 1 << 20:
-                return
-
-    def items(self, chunk: int = 1024) -> Iterator[tuple[bytes, bytes]]:
-        """All (key, value) of a hash map in batches (Linux 5.6); as complete as keys()."""
-        keys = ctypes.create_string_buffer(self.key_size * chunk)
-        values = ctypes.create_string_buffer(self.value_size * chunk)
-        # The cursor is a u32 bucket number, but keep room for a key as the API documents.
-        cursor = ctypes.create_string_buffer(max(self.key_size, 4))
-        first = True
-        while True:
-            count = c_uint32(chunk)
-            result = _lib.bpf_map_lookup_batch(
-                self.number, None if first else cursor, cursor, keys, values, count, None
-            )
-            if result < 0:
-                error = _error(f"read map {self.name}", result)
-                if error.errno == EINTR:
-                    continue
-                if error.errno != ENOENT:
-                    raise error
-            for index in range(count.value):
-                at_key, at_value = index * self.key_size, index * self.value_size
-                yield (
-                    keys.raw[at_key : at_key + self.key_size],
-                    values.raw[at_value : at_value + self.value_size],
-                )
-            if result < 0:
-                return
-            first = False
 
 
 class Object:
@@ -410,11 +249,6 @@ def _program_name(number: int) -> str:
         return name.partition(b"\0")[0].decode("utf-8", "replace")
     finally:
         os.close(descriptor)
-
-
-def possible_cpus() -> int:
-    """Number of possible CPUs: the length of a per-CPU value."""
-    return _check("count possible CPUs", _lib.libbpf_num_possible_cpus())
 
 
 # enum bpf_prog_type, bpf_map_type and bpf_func_id of linux/bpf.h: those doctor asks for.

@@ -86,6 +86,7 @@ def load(place: Place) -> bool:
 def _load(place: Place) -> None:
     """Bring the datapath from whatever state it is in to loaded; the lock is held."""
     from nearpath.datapath import libbpf
+    from nearpath.datapath.maps import Descriptor
 
     cgroup = _prepare(place)
     _sweep(place)
@@ -95,7 +96,7 @@ def _load(place: Place) -> None:
 
     tables.set_paused(place, False)
     _register_recorded(place)
-    with libbpf.Descriptor.open_pinned(f"{place.layout_dir}/prog_{_SOCKOPS}") as program:
+    with Descriptor.open_pinned(f"{place.layout_dir}/prog_{_SOCKOPS}") as program:
         try:
             link = libbpf.attach_to_cgroup(program, cgroup)
         except BpfError as error:
@@ -151,6 +152,7 @@ def _build(place: Place) -> None:
 def _replace(place: Place) -> bool:
     """Put our programs in the place of others of the same layout; the lock is held."""
     from nearpath.datapath import bundle, libbpf
+    from nearpath.datapath.maps import Descriptor
 
     if _noted_digest(place) == _digest():
         return False
@@ -159,7 +161,7 @@ def _replace(place: Place) -> bool:
         built.load()
         programs, maps = built.programs(), built.maps()
         libbpf.attach_to_map(programs[_MESSAGE], maps["sockets"])
-        with libbpf.Descriptor.open_pinned(f"{place.layout_dir}/{_LINK}") as link:
+        with Descriptor.open_pinned(f"{place.layout_dir}/{_LINK}") as link:
             libbpf.update_link(link, programs[_SOCKOPS])
         for name, program in programs.items():
             # No dot in the name: bpffs keeps those for itself (bpf_lookup, kernel/bpf/inode.c).
@@ -190,8 +192,10 @@ def _noted_digest(place: Place) -> str:
 
 
 def _register_recorded(place: Place) -> None:
-    """Make recorded pods known to freshly built maps, also those that an ADD without a
-    datapath has left on the kernel path."""
+    """Make recorded pods known to freshly built maps.
+
+    Also those that an ADD without a datapath has left on the kernel path.
+    """
     from nearpath.datapath import tables
 
     for record in state.records(place):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from errno import ENOENT
 
-from nearpath.datapath.libbpf import Map
+from nearpath.datapath.maps import Map
 from nearpath.errors import BpfError
 
 TYPE_CHECKING = False
@@ -131,7 +131,7 @@ def connections(place: Place) -> dict[int, int]:
     """
     result: dict[int, int] = {GONE: 0}
     with _connections(place) as table:
-        for _, value in table.items():
+        for _, value in table.items():  # noqa: PERF102 - no dictionary
             fields = _CONNECTION.unpack(value)
             if fields[14] == 0b11:  # joined: both sides
                 result[GONE] += 1
@@ -157,7 +157,7 @@ def sockets_left(directory: str) -> int:
     """Number of sockets in the sockhash pinned under ``directory``; 0 if there is none."""
     try:
         with Map.pinned(f"{directory}/sockets", _SEQUENCES.size, 4) as sockets:
-            return sum(1 for _ in sockets.keys())
+            return sum(1 for _ in sockets.keys())  # noqa: SIM118 - no dictionary
     except BpfError as error:
         if error.errno == ENOENT:
             return 0

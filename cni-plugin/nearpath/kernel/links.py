@@ -6,11 +6,12 @@ pyroute2 serves the CLI and the lanes that change links, and this serves the hot
 
 from __future__ import annotations
 
-import array
 import fcntl
 import os
 import struct
 from _socket import AF_INET, SOCK_DGRAM, if_indextoname, if_nametoindex, socket
+
+from nearpath.kernel.syscall import address
 
 _SIOCETHTOOL = 0x8946
 _ETHTOOL_GDRVINFO = 0x00000003
@@ -21,9 +22,8 @@ _STRING = 32  # ETH_GSTRING_LEN
 _MOST_STATS = 4096
 
 
-def _ethtool(control: socket, ifname: str, buffer: array.array[int]) -> None:
-    address, _ = buffer.buffer_info()
-    request = struct.pack("16sP16x", os.fsencode(ifname)[:15], address)
+def _ethtool(control: socket, ifname: str, buffer: bytearray) -> None:
+    request = struct.pack("16sP16x", os.fsencode(ifname)[:15], address(buffer))
     fcntl.ioctl(control, _SIOCETHTOOL, request)
 
 
@@ -37,18 +37,18 @@ def veth_peer_index(ifname: str) -> int | None:
     try:
         # struct ethtool_drvinfo: cmd, driver[32], version[32], fw[32], bus[32], erom[32],
         # reserved2[12], n_priv_flags, n_stats, testinfo_len, eedump_len, regdump_len
-        info = array.array("B", struct.pack("=I192x", _ETHTOOL_GDRVINFO))
+        info = bytearray(struct.pack("=I192x", _ETHTOOL_GDRVINFO))
         _ethtool(control, ifname, info)
         if bytes(info[4:36]).rstrip(b"\0") != b"veth":
             return None
         (count,) = struct.unpack_from("=I", info, 4 + 5 * 32 + 12 + 4)
         if not 0 < count <= _MOST_STATS:
             return None
-        names = array.array(
-            "B", struct.pack("=III", _ETHTOOL_GSTRINGS, _ETH_SS_STATS, count) + bytes(32 * count)
+        names = bytearray(
+            struct.pack("=III", _ETHTOOL_GSTRINGS, _ETH_SS_STATS, count) + bytes(32 * count)
         )
         _ethtool(control, ifname, names)
-        values = array.array("B", struct.pack("=II", _ETHTOOL_GSTATS, count) + bytes(8 * count))
+        values = bytearray(struct.pack("=II", _ETHTOOL_GSTATS, count) + bytes(8 * count))
         _ethtool(control, ifname, values)
         for number in range(count):
             start = 12 + number * _STRING

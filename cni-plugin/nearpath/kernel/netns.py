@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from _socket import AF_UNIX, SOCK_DGRAM, SOL_SOCKET, socket
 
 from nearpath.errors import NearpathError
+from nearpath.kernel.syscall import SETNS, syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
-_libc.setns.restype = ctypes.c_int
 
 
 class NetnsError(NearpathError):
@@ -35,9 +31,11 @@ def _open(path: str) -> int:
 
 
 def _setns(descriptor: int, path: str) -> None:
-    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
-        text = os.strerror(ctypes.get_errno())
-        raise NetnsError(f"cannot enter network namespace {path!r}: {text}")
+    try:
+        syscall(SETNS, descriptor, _CLONE_NEWNET)
+    except OSError as error:
+        text = error.strerror
+        raise NetnsError(f"cannot enter network namespace {path!r}: {text}") from error
 
 
 def is_own(path: str) -> bool:
