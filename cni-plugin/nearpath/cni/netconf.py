@@ -1,0 +1,190 @@
+"""Our entry in the network configuration list, and the choice made from it.
+
+From coarse to fine: conflist keys, then the pod's annotations. The narrower wins, but a
+pod cannot override ``required`` or ``excludeNamespaces``. conf/README.md documents keys and
+annotations for operators.
+"""
+
+from __future__ import annotations
+
+from nearpath.cni.identity import SOCKET_LANE, own_annotations
+from nearpath.cni.protocol import INVALID_CONFIG, CniError, quote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+TIMEOUT_ADD = 5.0  # seconds
+TIMEOUT = 2.0  # seconds, every other command
+_TIMEOUT_RANGE = (0.5, 60.0)
+_LEVELS = ("info", "warning", "error")
+
+# Keys that the specification and libcni put beside ours; everything under cni.dev/ too.
+_CNI_KEYS = frozenset(
+    {
+        "args",
+        "capabilities",
+        "cniVersion",
+        "dns",
+        "ipam",
+        "name",
+        "prevResult",
+        "runtimeConfig",
+        "type",
+    }
+)
+_TYPES = {
+    bool: "a boolean",
+    dict: "an object",
+    float: "a number",
+    int: "a number",
+    list: "a list",
+    str: "a string",
+    type(None): "null",
+}
+
+
+class NetConf:
+    """Our keys of one network configuration, checked.
+
+    Attributes:
+        required: an internal failure fails ADD instead of leaving the pod on the kernel path.
+        socket_lane: the default for pods that say nothing.
+        exclude_namespaces: Kubernetes namespaces whose pods are left alone.
+        timeout: deadline of the command in seconds, or None for the default.
+        log_level: the least severe level that is logged.
+        annotations: the pod's nearpath.io/ annotations.
+        problems: keys of ours with an unusable value, each as one line of text.
+        warnings: other things that an operator should know, each as one line of text.
+    """
+
+    __slots__ = (
+        "annotations",
+        "exclude_namespaces",
+        "log_level",
+        "problems",
+        "required",
+        "socket_lane",
+        "timeout",
+        "warnings",
+    )
+
+    def __init__(self) -> None:
+        self.required = False
+        self.socket_lane = True
+        self.exclude_namespaces: frozenset[str] = frozenset()
+        self.timeout: float | None = None
+        self.log_level = "info"
+        self.annotations: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def deadline(self, command: str) -> float:
+        """Seconds that the command may take."""
+        if self.timeout is not None:
+            return self.timeout
+        return TIMEOUT_ADD if command == "ADD" else TIMEOUT
+
+    def check(self) -> None:
+        """Refuse a configuration with problems.
+
+        Raises:
+            CniError: INVALID_CONFIG, naming every problem.
+        """
+        if self.problems:
+            raise CniError(
+                INVALID_CONFIG, f"invalid nearpath configuration: {'; '.join(self.problems)}"
+            )
+
+
+def _type(value: object) -> str:
+    return _TYPES.get(type(value), "something else")
+
+
+def _required(conf: NetConf, value: object) -> str:
+    if not isinstance(value, bool):
+        return f"must be true or false, not {_type(value)}"
+    conf.required = value
+    return ""
+
+
+def _socket_lane(conf: NetConf, value: object) -> str:
+    if value not in {"on", "off"} if isinstance(value, str) else True:
+        return 'must be "on" or "off"'
+    conf.socket_lane = value == "on"
+    return ""
+
+
+def _exclude_namespaces(conf: NetConf, value: object) -> str:
+    if not isinstance(value, list):
+        return f"must be a list of strings, not {_type(value)}"
+    for number, name in enumerate(value):
+        if not isinstance(name, str):
+            return f"must be a list of strings; entry {number} is {_type(name)}"
+    conf.exclude_namespaces = frozenset(value)
+    return ""
+
+
+def _timeout(conf: NetConf, value: object) -> str:
+    least, most = _TIMEOUT_RANGE
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"must be a number of seconds, not {_type(value)}"
+    if not least <= value <= most:
+        return f"must be between {least:g} and {most:g} seconds"
+    conf.timeout = float(value)
+    return ""
+
+
+def _log_level(conf: NetConf, value: object) -> str:
+    if not isinstance(value, str) or value not in _LEVELS:
+        return f"must be one of {', '.join(_LEVELS)}"
+    conf.log_level = value
+    return ""
+
+
+# Each takes the value into the configuration, or returns what is wrong with it.
+KEYS: dict[str, Callable[[NetConf, object], str]] = {
+    "required": _required,
+    "socketLane": _socket_lane,
+    "excludeNamespaces": _exclude_namespaces,
+    "timeoutSeconds": _timeout,
+    "logLevel": _log_level,
+}
+
+
+def parse(config: dict[str, Any]) -> NetConf:
+    """Take our keys out of a network configuration; never fails.
+
+    A key with an unusable value keeps its default and is listed in ``problems``: whether
+    that refuses the request is the command's choice (``check``), for DEL must go on.
+    """
+    conf = NetConf()
+    for key, value in config.items():
+        take = KEYS.get(key)
+        if take is not None:
+            problem = take(conf, value)
+            if problem:
+                conf.problems.append(f"{key} {problem}")
+        elif key not in _CNI_KEYS and not key.startswith("cni.dev/"):
+            conf.warnings.append(f"unknown configuration key ignored: {quote(key)}")
+    conf.annotations = own_annotations(config, conf.warnings.append)
+    choice = conf.annotations.get(SOCKET_LANE)
+    if choice is not None and choice not in {"on", "off"}:
+        conf.warnings.append(f'annotation {SOCKET_LANE} is not "on" or "off", ignored')
+        del conf.annotations[SOCKET_LANE]
+    return conf
+
+
+def socket_lane(conf: NetConf, pod: dict[str, str]) -> tuple[bool, str]:
+    """Whether a pod is to use the socket lane, and if not, the reason.
+
+    Args:
+        pod: see identity.parse_args.
+    """
+    if pod["namespace"] and pod["namespace"] in conf.exclude_namespaces:
+        return False, "excluded-namespace"
+    choice = conf.annotations.get(SOCKET_LANE)
+    if choice is not None:
+        return choice == "on", "" if choice == "on" else "annotation"
+    return conf.socket_lane, "" if conf.socket_lane else "config"
