@@ -1,0 +1,1 @@
+"""Tests on the kernels that distributions ship, in virtual machines."""
