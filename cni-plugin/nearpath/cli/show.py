@@ -1,0 +1,177 @@
+"""``nearpath version``, ``status`` and ``pods``: look, touch nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nearpath import VERSION
+from nearpath.cli import output
+from nearpath.place import LAYOUT
+
+if TYPE_CHECKING:
+    import argparse
+
+# How people read the names in the counters.
+REASONS = {
+    "joined": "sockets joined the lane",
+    "left": "sockets left it with their FIN",
+    "stayed": "sockets stayed then: redirected data unread or on its way",
+    "paused": "messages by kernel: paused",
+    "peer_not_joined": "messages by kernel: the peer is not in the lane",
+    "peer_closing": "messages by kernel: the peer is closing",
+    "not_drained": "messages by kernel: bytes sent by TCP still unread",
+    "receiver_behind": "messages by kernel: the receiver is behind",
+    "redirect_failed": "messages by kernel: redirect failed",
+    "peer_elsewhere": "sockets not joined: the peer is not a pod of this node",
+    "ulp": "sockets not joined: kernel TLS or another ULP",
+    "mptcp": "sockets not joined: MPTCP",
+    "socket_busy": "sockets not joined: another sockmap has them",
+    "map_full": "sockets not joined: map full",
+    "join_failed": "sockets not joined: refused by the kernel",
+}
+
+
+def add(commands: output.Commands) -> None:
+    """Add the commands of this module."""
+    parser = output.add_command(
+        commands,
+        "version",
+        "version of this program",
+        "Print the version of this program and of the layout of its pinned maps.",
+        "example:\n  nearpath version --json",
+    )
+    output.add_json(parser)
+    parser.set_defaults(run=_version)
+
+    parser = output.add_command(
+        commands,
+        "status",
+        "is it loaded, and how much goes through it",
+        "Show whether the datapath is loaded and what it has done since, and failures so far.",
+        "examples:\n"
+        "  nearpath status\n"
+        "  nearpath status --json | jq .lanes.socket.redirected_bytes\n\n"
+        "A message is one send(2) of a socket in the lane. Messages by kernel took the\n"
+        "ordinary path although their socket is in the lane; the reasons say why.\n\n"
+        "exit status: 0 whether loaded or not; 1 it cannot be told.",
+    )
+    output.add_json(parser)
+    parser.set_defaults(run=_status)
+
+    parser = output.add_command(
+        commands,
+        "pods",
+        "which pods are accelerated, and why others are not",
+        "List the attachments that the plugin has recorded, with state and reason.",
+        "examples:\n"
+        "  nearpath pods\n"
+        "  nearpath pods --json | jq '.[] | select(.lanes.socket.state == \"off\")'\n\n"
+        "reasons:\n"
+        '  annotation            the pod has nearpath.io/socket-lane: "off"\n'
+        "  config                socketLane is off in the conflist\n"
+        "  excluded-namespace    its namespace is in excludeNamespaces\n"
+        "  other-attachment, own-netns   not a namespace of this attachment alone\n"
+        "  not-loaded            the datapath is not loaded; the next ADD or `load` does it\n"
+        "  unloaded-by-operator  somebody ran `nearpath unload`\n"
+        "  paused                every message takes the kernel path\n"
+        "  not-registered        the programs do not know it; `nearpath load` repairs that\n"
+        "  others                ADD failed: see the log, /run/nearpath/nearpath.log",
+    )
+    output.add_json(parser)
+    parser.set_defaults(run=_pods)
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        output.print_json({"version": VERSION, "layout": LAYOUT})
+    else:
+        print(f"nearpath {VERSION} (map layout {LAYOUT})")
+    return output.EXIT_DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from nearpath.node import status
+
+    shown = status.node_status(output.root_place())
+    if arguments.json:
+        output.print_json(shown)
+    else:
+        _print_status(shown)
+    return output.EXIT_DONE
+
+
+def _datapath(shown: dict[str, Any]) -> str:
+    if not shown["loaded"]:
+        if shown["unloaded_by_operator"]:
+            return "unloaded by an operator; `nearpath load` loads it"
+        return "not loaded; the first pod's ADD or `nearpath load` loads it"
+    paused = ", paused: every message takes the kernel path" if shown["paused"] else ""
+    return f"loaded (layout {shown['layout']}){paused}"
+
+
+def _print_status(shown: dict[str, Any]) -> None:
+    lane = shown["lanes"]["socket"]
+    rows = [
+        ("nearpath", shown["version"]),
+        ("datapath", _datapath(shown)),
+        ("cgroup", shown["cgroup"] or "none"),
+        ("pods", f"{shown['pods']}, {shown['pods_on_lane']} of them on the socket lane"),
+        ("connections", f"{lane['connections']} in the socket lane now"),
+        (
+            "redirected",
+            f"{lane['redirected_messages']:,} messages, {size(lane['redirected_bytes'])}",
+        ),
+        ("by kernel", f"{lane['kernel_messages']:,} messages, {size(lane['kernel_bytes'])}"),
+    ]
+    if shown["draining"]:
+        rows.append(("draining", f"{shown['draining']} sockets of an unloaded datapath"))
+    for name, value in rows:
+        print(f"{name:<12} {value}")
+    if lane["reasons"]:
+        print("\nreasons")
+        for name, count in lane["reasons"].items():
+            print(f"  {count:>12,}  {name:<18} {REASONS.get(name, '')}".rstrip())
+    if shown["failures"]:
+        print("\nfailures since boot (pods that stayed on the kernel path, and the like)")
+        for name, count in sorted(shown["failures"].items()):
+            print(f"  {count:>12,}  {output.plain(name)}")
+
+
+def size(count: int) -> str:
+    """A number of bytes for people, e.g. ``1.5 GiB``."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def _pods(arguments: argparse.Namespace) -> int:
+    from nearpath.node import status
+
+    pods = status.pod_list(output.root_place())
+    if arguments.json:
+        output.print_json(pods)
+        return output.EXIT_DONE
+    if not pods:
+        print("no pods: the plugin has recorded no attachment on this node")
+        return output.EXIT_DONE
+    shown = output.table(
+        "namespace", "pod", "interface", "addresses", "lane", "reason", "redirected",
+        right=("redirected",),
+    )  # fmt: skip
+    for pod in pods:
+        lane = pod["lanes"]["socket"]
+        shown.add_row(
+            output.plain(pod["namespace"] or "-"),
+            output.plain(pod["name"] or pod["container_id"][:12]),
+            output.plain(pod["ifname"]),
+            output.plain(" ".join(pod["ips"])),
+            lane["state"],
+            output.plain(lane["reason"]),
+            size(lane.get("redirected_bytes", 0)),
+            style="" if lane["state"] == "on" else "yellow",
+        )
+    output.console().print(shown)
+    return output.EXIT_DONE

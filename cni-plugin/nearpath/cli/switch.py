@@ -1,0 +1,103 @@
+"""``nearpath load`` and ``unload``: switch the datapath on and off, gently."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nearpath.cli import output
+from nearpath.errors import NearpathError
+
+
+def add(commands: output.Commands) -> None:
+    """Add the commands of this module."""
+    parser = output.add_command(
+        commands,
+        "load",
+        "load the datapath now, or upgrade it",
+        "Load the programs, or replace those of another version, and register the pods that\n"
+        "are recorded. Usually not needed: the first pod's ADD loads. It is needed after\n"
+        "`nearpath unload`, and after an upgrade of nearpath.",
+        "example:\n  nearpath load\n\n"
+        "Established connections stay on the path they have; new ones take the lane.",
+    )
+    output.add_json(parser)
+    parser.set_defaults(run=_load)
+
+    parser = output.add_command(
+        commands,
+        "unload",
+        "switch it off; no connection loses a byte",
+        "Pause: no socket joins any more and every message takes the kernel path. Then wait\n"
+        "for the sockets in the maps to be closed by their owners. Maps and programs stay\n"
+        "until then, for removing a socket with unread data would lose it. Pods that start\n"
+        "before the next `nearpath load` stay on the kernel path for their whole life.",
+        "examples:\n"
+        "  nearpath unload\n"
+        "  nearpath unload --timeout 0    do not wait; what is left goes with a later unload\n\n"
+        "exit status: 0 also if sockets are still open after the timeout: the lane is off.",
+    )
+    output.add_json(parser)
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long to wait for open sockets (default 30)",
+    )
+    parser.set_defaults(run=_unload)
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds up to a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"not a number from 0 to 86400: {text!r}")
+    return value
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from nearpath.datapath import loader
+    from nearpath.node import register
+
+    place = output.root_place()
+    changed = loader.load(place)
+    registered = register.recorded(place)
+    left = register.left_behind(place)
+    shown = {
+        **loader.describe(place),
+        "changed": changed,
+        "registered": registered,
+        "left_behind": left,
+    }
+    if arguments.json:
+        output.print_json(shown)
+        return output.EXIT_DONE
+    print("loaded" if changed else "already loaded", f"at {shown['pins']}")
+    if registered:
+        print(f"registered {registered} recorded pods that the programs did not know")
+    if left:
+        print(f"{left} pods started while it was unloaded: they stay on the kernel path")
+    return output.EXIT_DONE
+
+
+def _unload(arguments: argparse.Namespace) -> int:
+    from nearpath.datapath import loader
+
+    place = output.root_place()
+    target = sys.stderr if arguments.json else sys.stdout
+
+    def report(step: str) -> None:
+        print(step, file=target, flush=True)
+
+    shown = loader.unload(place, report, arguments.timeout)
+    if loader.is_loaded(place):
+        raise NearpathError("the datapath is loaded again", "somebody ran `nearpath load`")
+    if arguments.json:
+        output.print_json(shown)
+    elif not shown["drained"]:
+        print(f"{shown['remaining']} sockets are still open: they keep working, on the kernel path")
+    return output.EXIT_DONE

@@ -1,0 +1,98 @@
+"""What nearpath does on this node right now: recorded state and live datapath together."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from nearpath import VERSION, state
+from nearpath.datapath import loader
+from nearpath.lanes import socket
+
+if TYPE_CHECKING:
+    from nearpath.place import Place
+
+
+def node_status(place: Place) -> dict[str, Any]:
+    """The whole node.
+
+    Returns:
+        ``{"version", "loaded", "layout", "cgroup", "pins", "paused", "draining",
+        "unloaded_by_operator", "pods": number of attachments, "pods_on_lane",
+        "lanes": {"socket": counters}, "failures": {reason: count}}``.
+    """
+    shown = loader.describe(place)
+    pods = pod_list(place)
+    return {
+        "version": VERSION,
+        "loaded": shown["loaded"],
+        "layout": shown["layout"],
+        "cgroup": shown["cgroup"],
+        "pins": shown["pins"],
+        "paused": shown["paused"],
+        "draining": shown["draining"],
+        "unloaded_by_operator": os.path.exists(place.unloaded_file),
+        "pods": len(pods),
+        "pods_on_lane": sum(pod["lanes"]["socket"]["state"] == "on" for pod in pods),
+        "lanes": {"socket": socket.totals(place)},
+        "failures": state.failures(place),
+    }
+
+
+def _obstacle(place: Place) -> str:
+    """Why no pod at all can be on the lane now; empty if there is no such reason."""
+    if not loader.is_loaded(place):
+        return "unloaded-by-operator" if os.path.exists(place.unloaded_file) else "not-loaded"
+    return "paused" if loader.describe(place)["paused"] else ""
+
+
+def lane_state(record: dict[str, Any], obstacle: str, registered: bool) -> tuple[str, str]:
+    """State ("on", "off") and reason of the socket lane of one attachment.
+
+    Args:
+        record: as written by ADD; may be damaged.
+        obstacle: reason that holds for the whole node, or empty.
+        registered: the programs know the attachment's namespace.
+    """
+    lanes = record.get("lanes")
+    lane = lanes.get("socket") if isinstance(lanes, dict) else None
+    if not isinstance(lane, dict):
+        return "off", "damaged-record"
+    if lane.get("state") != "on":
+        return "off", str(lane.get("reason") or "unknown")
+    if obstacle:
+        return "off", obstacle
+    return ("on", "") if registered else ("off", "not-registered")
+
+
+def pod_list(place: Place) -> list[dict[str, Any]]:
+    """One entry per attachment, sorted by namespace and name.
+
+    Returns:
+        ``{"namespace", "name", "container_id", "ifname", "ips", "netns_cookie", "network",
+        "lanes": {"socket": {"state", "reason", **counters}}}`` each.
+    """
+    obstacle = _obstacle(place)
+    counters = socket.by_pod(place)
+    pods = []
+    for record in state.records(place):
+        cookie = record.get("netns_cookie")
+        cookie = cookie if isinstance(cookie, int) else 0
+        registered = bool(cookie) and not obstacle and socket.is_registered(place, cookie)
+        lane, reason = lane_state(record, obstacle, registered)
+        identity = record.get("pod")
+        identity = identity if isinstance(identity, dict) else {}
+        ips = record.get("ips")
+        pods.append(
+            {
+                "namespace": str(identity.get("namespace", "")),
+                "name": str(identity.get("name", "")),
+                "container_id": record["container_id"],
+                "ifname": record["ifname"],
+                "ips": [str(ip) for ip in ips] if isinstance(ips, list) else [],
+                "netns_cookie": cookie,
+                "network": str(record.get("network", "")),
+                "lanes": {"socket": {"state": lane, "reason": reason, **counters.get(cookie, {})}},
+            }
+        )
+    return sorted(pods, key=lambda pod: (pod["namespace"], pod["name"], pod["container_id"]))

@@ -1,0 +1,1 @@
+"""What the tests share: real namespaces, runtimes, traffic, captures and leak checks."""
