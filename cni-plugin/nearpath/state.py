@@ -134,6 +134,19 @@ def read_file(path: str, limit: int = 1 << 20) -> bytes | None:
     raise StateError(f"{path} is longer than {limit} bytes", "remove it")
 
 
+def _open_lock(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _same_file(descriptor: int, path: str) -> bool:
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(descriptor)
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
 class Lock:
     """The node lock: an exclusive flock(2), released by the kernel if we are killed.
 
@@ -148,10 +161,14 @@ class Lock:
         secure_dir(self._place.run_dir)
         path = self._place.lock_file
         try:
-            self._descriptor = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
+            self._descriptor = _open_lock(path)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            # Its last holder may have removed the directory, and the file with it.
+            while not _same_file(self._descriptor, path):
+                os.close(self._descriptor)
+                secure_dir(self._place.run_dir)
+                self._descriptor = _open_lock(path)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         except OSError as error:
             self.__exit__(None, None, None)
             raise StateError(f"cannot lock {path}: {error.strerror}") from error
@@ -212,6 +229,12 @@ def lane_of(record: dict[str, Any], lane: str = "socket") -> tuple[str, str]:
     if not isinstance(found, dict):
         return "off", ""
     return ("on" if found.get("state") == "on" else "off"), str(found.get("reason", ""))
+
+
+def wants_lane(record: dict[str, Any], lane: str = "socket") -> bool:
+    """True unless somebody chose that this attachment stays off the lane."""
+    found, reason = lane_of(record, lane)
+    return found == "on" or reason not in CHOSEN
 
 
 def cookie_of(record: dict[str, Any] | None) -> int:

@@ -107,7 +107,7 @@ class Lab:
 def place(tmp_path: Path) -> Iterator[Place]:
     """A private place whose cgroup this process is in; nothing may be left of it."""
     root = cgroup.v2_root()
-    name = f"nearpath-{secrets.token_hex(4)}"
+    name = f"np-node-{secrets.token_hex(4)}"  # a name that nothing_left looks for
     chosen = Place(f"{tmp_path}/run", f"/sys/fs/bpf/{name}", f"{root}/{name}")
     before = Path("/proc/self/cgroup").read_text(encoding="ascii")
     home = next(line[3:] for line in before.splitlines() if line.startswith("0::"))
@@ -118,7 +118,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
             yield chosen
         finally:
             Path(root + home, "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
-            left = loader.retire(chosen)
+            left = loader.unload(chosen, lambda _: None, 5)
             Path(chosen.cgroup).rmdir()
         assert left == {"drained": True, "remaining": 0}
 

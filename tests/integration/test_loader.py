@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from helpers.commands import wait_until
+from helpers.commands import run, wait_until
 from helpers.leaks import snapshot
 from nearpath import state
 from nearpath.datapath import libbpf, loader, maps, tables
 from nearpath.errors import BpfError, Unavailable
-from nearpath.kernel import cgroup, mounts
+from nearpath.kernel import cgroup, features, mounts
 from nearpath.lanes import socket as lane
 
 if TYPE_CHECKING:
@@ -91,9 +91,6 @@ def test_recorded_pods_are_known_after_a_reload(place: Place) -> None:
         True,
         False,
     ]
-    late = state.load(place, "c2", "eth0")
-    assert late is not None
-    assert state.lane_of(late) == ("on", "")
 
 
 def test_an_operators_unload_lasts(place: Place) -> None:
@@ -185,8 +182,25 @@ def test_a_socket_of_another_sockmap_is_left_alone(lab: Lab, tmp_path: Path) -> 
         loader.retire(other)
 
 
-def test_exclusive_attachment_is_named(place: Place) -> None:
-    """A cgroup that does not exist, or is none: an error with the noun."""
+def test_an_exclusive_attachment_is_named(place: Place) -> None:
+    """Somebody else's program without BPF_F_ALLOW_MULTI: doctor and load both say so."""
+    loader.ensure(place)
+    program = f"{place.layout_dir}/prog_nearpath_sockops"
+    Path(place.layout_dir, "link_sockops").unlink()
+    attach = ["bpftool", "cgroup", "attach", place.cgroup, "sock_ops", "pinned", program]
+    run(attach)
+    try:
+        assert features.exclusive_programs(place.cgroup) == ["nearpath_sockop"]
+        with pytest.raises(BpfError, match="exclusively"):
+            loader.ensure(place)
+    finally:
+        run([*attach[:2], "detach", *attach[3:]])
+    assert features.exclusive_programs(place.cgroup) == []
+    assert loader.ensure(place)
+
+
+def test_a_wrong_cgroup_is_named(place: Place) -> None:
+    """A directory that is no cgroup: an error with the noun."""
     wrong = type(place)(place.run_dir, place.pin_dir, "/proc/self")
     with pytest.raises(BpfError, match="cgroup /proc/self"):
         loader.ensure(wrong)

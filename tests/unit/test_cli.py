@@ -314,7 +314,10 @@ def test_pods_json(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
         ({}, "unloaded-by-operator", True, ("off", "unloaded-by-operator")),
         ({}, "paused", True, ("off", "paused")),
         ({"lanes": off("annotation")}, "not-loaded", False, ("off", "annotation")),
-        ({"lanes": off("")}, "", True, ("off", "unknown")),
+        ({"lanes": off("annotation")}, "", True, ("off", "annotation")),
+        ({"lanes": off("unloaded-by-operator")}, "", True, ("on", "")),
+        ({"lanes": off("deadline")}, "", False, ("off", "deadline")),
+        ({"lanes": off("")}, "", False, ("off", "unknown")),
         ({"lanes": None}, "", True, ("off", "damaged-record")),
         ({"lanes": {"socket": "on"}}, "", True, ("off", "damaged-record")),
     ],
@@ -381,7 +384,7 @@ def test_size(count: int, text: str) -> None:
 def test_load_registers_what_is_recorded(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pods whose lane is on and that the programs do not know; no others."""
+    """Pods that want the lane and that the programs do not know; no others."""
     state.save(place, record("known", 7))
     state.save(place, record("lost", 9))
     state.save(place, record("off", 10, lanes=off("config")))
@@ -391,14 +394,13 @@ def test_load_registers_what_is_recorded(
     monkeypatch.setattr("nearpath.datapath.loader.load", lambda _: False)
     monkeypatch.setattr("nearpath.lanes.socket.register", lambda _, cookie: seen.append(cookie))
     assert main(["load"]) == 0
-    assert seen == [9]
+    assert sorted(seen) == [9, 11]
     assert capsys.readouterr().out.splitlines() == [
         f"already loaded at {place.layout_dir}",
-        "registered 1 recorded pods that the programs did not know",
-        "1 pods started while it was unloaded: they stay on the kernel path",
+        "registered 2 recorded pods that the programs did not know",
     ]
     assert main(["load", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["registered"] == 1
+    assert json.loads(capsys.readouterr().out)["registered"] == 2
 
 
 def test_unload_says_what_it_does(

@@ -31,7 +31,7 @@ def add(commands: output.Commands) -> None:
         "Pause: no socket joins any more and every message takes the kernel path. Then wait\n"
         "for the sockets in the maps to be closed by their owners. Maps and programs stay\n"
         "until then, for removing a socket with unread data would lose it. Pods that start\n"
-        "before the next `nearpath load` stay on the kernel path for their whole life.",
+        "before the next `nearpath load` are taken in by it.",
         "examples:\n"
         "  nearpath unload\n"
         "  nearpath unload --timeout 0    do not wait; what is left goes with a later unload\n\n"
@@ -66,21 +66,13 @@ def _load(arguments: argparse.Namespace) -> int:
     place = output.root_place()
     changed = loader.load(place)
     registered = register.recorded(place)
-    left = register.left_behind(place)
-    shown = {
-        **loader.describe(place),
-        "changed": changed,
-        "registered": registered,
-        "left_behind": left,
-    }
+    shown = {**loader.describe(place), "changed": changed, "registered": registered}
     if arguments.json:
         output.print_json(shown)
         return output.EXIT_DONE
     print("loaded" if changed else "already loaded", f"at {shown['pins']}")
     if registered:
         print(f"registered {registered} recorded pods that the programs did not know")
-    if left:
-        print(f"{left} pods started while it was unloaded: they stay on the kernel path")
     return output.EXIT_DONE
 
 

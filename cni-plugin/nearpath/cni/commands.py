@@ -169,6 +169,7 @@ def delete(context: Context) -> bytes:
             context.attempt(
                 "record", lambda: state.remove(place, request.container_id, request.ifname)
             )
+            context.log.info("removed" if cookie else "nothing to remove")
     except Exception as error:
         context.deadline.restart(GRACE)
         context.failed(Failure(error), "DEL is incomplete")
@@ -225,9 +226,8 @@ def _check(context: Context) -> str:
     record = state.load(place, request.container_id, request.ifname)
     if record is None:
         return "there is no record of this attachment"
-    lane, reason = state.lane_of(record)
-    if lane == "off":
-        return "" if reason in state.CHOSEN else f"the socket lane is off [{reason}]"
+    if not state.wants_lane(record):
+        return ""
     cookie, _ = doors.inspect(request.netns, request.ifname)
     if cookie != state.cookie_of(record):
         return "the attachment's network namespace is not the one that ADD saw"

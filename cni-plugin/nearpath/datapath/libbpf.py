@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ATTACH_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS
 ATTACH_SK_MSG = 7  # BPF_SK_MSG_VERDICT
 _QUERY_EFFECTIVE = 1  # BPF_F_QUERY_EFFECTIVE
+_ALLOW_MULTI = 2  # BPF_F_ALLOW_MULTI
 _NAME = 16  # BPF_OBJ_NAME_LEN
 _PROG_INFO_NAME = 64  # offset of name in struct bpf_prog_info
 _PROG_INFO_SIZE = 80
@@ -220,21 +221,28 @@ def update_link(link: Descriptor, program: Descriptor) -> None:
 
 
 def cgroup_programs(cgroup: str, effective: bool = True) -> list[dict[str, object]]:
-    """The sock_ops programs of a cgroup: ``[{"id": int, "name": str}]``.
+    """The sock_ops programs of a cgroup: ``[{"id", "name", "exclusive"}]``.
+
+    Exclusive ones were attached without BPF_F_ALLOW_MULTI and so keep out all others.
 
     Args:
-        effective: those that run for it, including ancestors'; else only its own.
+        effective: those that run for it, including ancestors' (the kernel does not tell
+            which are exclusive then); else only its own.
     """
     most = 64
     ids, count = (c_uint32 * most)(), c_uint32(most)
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        flags = _QUERY_EFFECTIVE if effective else 0
-        result = _lib.bpf_prog_query(directory, ATTACH_SOCK_OPS, flags, c_uint32(), ids, count)
+        how, attached = _QUERY_EFFECTIVE if effective else 0, c_uint32()
+        result = _lib.bpf_prog_query(directory, ATTACH_SOCK_OPS, how, attached, ids, count)
         _check(f"query the programs of cgroup {cgroup}", result)
     finally:
         os.close(directory)
-    return [{"id": number, "name": _program_name(number)} for number in ids[: count.value]]
+    exclusive = not effective and not attached.value & _ALLOW_MULTI
+    return [
+        {"id": number, "name": _program_name(number), "exclusive": exclusive}
+        for number in ids[: count.value]
+    ]
 
 
 def _program_name(number: int) -> str:

@@ -89,6 +89,7 @@ def _load(place: Place) -> None:
     from nearpath.datapath.maps import Descriptor
 
     cgroup = _prepare(place)
+    state.sweep(place)
     _sweep(place)
     if not os.path.isdir(place.layout_dir):
         _build(place)
@@ -194,22 +195,16 @@ def _noted_digest(place: Place) -> str:
 def _register_recorded(place: Place) -> None:
     """Make recorded pods known to freshly built maps.
 
-    Also those that an ADD without a datapath has left on the kernel path.
+    Also those that an ADD without a datapath has left on the kernel path. The records stay
+    as they are: ADD and DEL are their only writers. Should a DEL run at this moment, a
+    cookie is registered that no namespace has any more, which GC takes away.
     """
     from nearpath.datapath import tables
 
     for record in state.records(place):
         cookie = state.cookie_of(record)
-        lane, reason = state.lane_of(record)
-        if not cookie or (lane == "off" and reason in state.CHOSEN):
-            continue
-        tables.set_pod(place, cookie, tables.POD_SOCKET_LANE)
-        if lane == "off":
-            record["lanes"] = {
-                **(record.get("lanes") or {}),
-                "socket": {"state": "on", "reason": ""},
-            }
-            state.save(place, record)
+        if cookie and state.wants_lane(record):
+            tables.set_pod(place, cookie, tables.POD_SOCKET_LANE)
 
 
 def unload(place: Place, report: Callable[[str], None], timeout: float = 30.0) -> dict[str, Any]:
@@ -234,8 +229,13 @@ def unload(place: Place, report: Callable[[str], None], timeout: float = 30.0) -
 
 
 def retire(place: Place, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Undo an ensure(): like unload, but the next ADD may load again."""
+    """Undo an ensure(): like unload, but the next ADD may load again.
+
+    Not if a pod is recorded, for one may have come meanwhile that needs the datapath.
+    """
     with state.Lock(place):
+        if any(True for _ in state.records(place)):
+            return {"drained": False, "remaining": 0}
         _retire_loaded(place, report)
     return _drain(place, report, 5.0)
 

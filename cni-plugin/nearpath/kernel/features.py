@@ -141,6 +141,18 @@ def sock_ops_programs(cgroup: str) -> list[str]:
     return [str(program["name"]) for program in libbpf.cgroup_programs(cgroup)]
 
 
+def exclusive_programs(cgroup: str) -> list[str]:
+    """Names of the sock_ops programs that let no other one onto this cgroup (needs root).
+
+    Raises:
+        BpfError, OSError: it cannot be asked.
+    """
+    from nearpath.datapath import libbpf
+
+    programs = libbpf.cgroup_programs(cgroup, effective=False)
+    return [str(program["name"]) for program in programs if program["exclusive"]]
+
+
 def pins(root: str = "/sys/fs/bpf") -> Iterator[str]:
     """Paths below ``root`` of everything pinned in bpffs, relative to it."""
     for directory, folders, files in os.walk(root):

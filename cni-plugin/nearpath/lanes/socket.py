@@ -49,6 +49,10 @@ def _shape(counts: dict[str, int], connections: int) -> dict[str, Any]:
     return result
 
 
+# Counters of a pod that the programs have not counted anything for.
+NOTHING = _shape({}, 0)
+
+
 def by_pod(place: Place) -> dict[int, dict[str, Any]]:
     """Counters of each pod by netns cookie, shaped like totals()."""
     if not loader.is_loaded(place):

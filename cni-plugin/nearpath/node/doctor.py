@@ -39,6 +39,7 @@ def examine(place: Place, bin_dirs: Sequence[str], conf_dir: str) -> list[Findin
     findings.append(kernel.check_mptcp(version, features.sysctl("net.mptcp.enabled")))
     root = findings[2].found if findings[2].state == OK else ""
     if root:
+        findings.append(kernel.check_exclusive(lambda: features.exclusive_programs(root)))
         findings.append(kernel.check_sock_ops(lambda: features.sock_ops_programs(root)))
     findings.append(node.check_pins(features.pins()))
     findings.extend(node.check_cni(bin_dirs, conf_dir))

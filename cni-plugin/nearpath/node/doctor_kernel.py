@@ -195,6 +195,24 @@ def check_mptcp(version: Version | None, enabled: str) -> Finding:
     )
 
 
+def check_exclusive(ask: Callable[[], list[str]]) -> Finding:
+    """A legacy attachment without BPF_F_ALLOW_MULTI keeps all others off the cgroup."""
+    name = "cgroup-attachment"
+    try:
+        others = [program or "(unnamed)" for program in ask()]
+    except (NearpathError, OSError) as error:
+        return Finding(name, OK, f"cannot be asked: {error}")
+    if not others:
+        return Finding(name, OK, "free for our program")
+    return Finding(
+        name,
+        FAIL,
+        f"the cgroup root belongs to {', '.join(sorted(others))} alone",
+        EVERYTHING,
+        "see `bpftool cgroup tree`; stop its owner, or let it attach with BPF_F_ALLOW_MULTI",
+    )
+
+
 def check_sock_ops(ask: Callable[[], list[str]]) -> Finding:
     """Other sock_ops programs may want the same sockets; a socket has one sockmap program."""
     name = "other-sock-ops"

@@ -55,14 +55,16 @@ def lane_state(record: dict[str, Any], obstacle: str, registered: bool) -> tuple
         registered: the programs know the attachment's namespace.
     """
     lanes = record.get("lanes")
-    lane = lanes.get("socket") if isinstance(lanes, dict) else None
-    if not isinstance(lane, dict):
+    if not isinstance(lanes, dict) or not isinstance(lanes.get("socket"), dict):
         return "off", "damaged-record"
-    if lane.get("state") != "on":
-        return "off", str(lane.get("reason") or "unknown")
+    lane, reason = state.lane_of(record)
+    if not state.wants_lane(record):
+        return "off", reason
     if obstacle:
         return "off", obstacle
-    return ("on", "") if registered else ("off", "not-registered")
+    if registered:  # also by a load after an ADD that had failed
+        return "on", ""
+    return "off", "not-registered" if lane == "on" else reason or "unknown"
 
 
 def pod_list(place: Place) -> list[dict[str, Any]]:
@@ -76,8 +78,7 @@ def pod_list(place: Place) -> list[dict[str, Any]]:
     counters = socket.by_pod(place)
     pods = []
     for record in state.records(place):
-        cookie = record.get("netns_cookie")
-        cookie = cookie if isinstance(cookie, int) else 0
+        cookie = state.cookie_of(record)
         registered = bool(cookie) and not obstacle and socket.is_registered(place, cookie)
         lane, reason = lane_state(record, obstacle, registered)
         identity = record.get("pod")
@@ -92,7 +93,13 @@ def pod_list(place: Place) -> list[dict[str, Any]]:
                 "ips": [str(ip) for ip in ips] if isinstance(ips, list) else [],
                 "netns_cookie": cookie,
                 "network": str(record.get("network", "")),
-                "lanes": {"socket": {"state": lane, "reason": reason, **counters.get(cookie, {})}},
+                "lanes": {
+                    "socket": {
+                        "state": lane,
+                        "reason": reason,
+                        **counters.get(cookie, socket.NOTHING),
+                    }
+                },
             }
         )
     return sorted(pods, key=lambda pod: (pod["namespace"], pod["name"], pod["container_id"]))
