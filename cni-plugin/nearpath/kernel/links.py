@@ -1,7 +1,7 @@
 """Network links by ioctl: just what ADD needs, without the start-up cost of pyroute2.
 
-``import pyroute2`` takes about 230 ms, several times the whole budget of an ADD, so
-pyroute2 serves the CLI and the lanes that change links, and this serves the hot path.
+A netlink library such as pyroute2 takes about 230 ms to import, several times the whole
+budget of an ADD.
 """
 
 from __future__ import annotations
