@@ -108,6 +108,12 @@ test: root setup build ## everything: linters, unit, integration and e2e tests (
 	@echo "==> tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: kernels
+kernels: root setup build ## the socket lane on stock Debian kernels in VMs (Debian 12, as root)
+	@$(MAKE) setup NODE_PACKAGES="qemu-system-x86:qemu-system-x86_64 busybox-static"
+	@echo "==> kernels"
+	@$(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+
 .PHONY: demo
 demo: root setup build ## two pods on this node, kernel path against nearpath (as root)
 	@echo "==> demo"

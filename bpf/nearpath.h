@@ -45,6 +45,7 @@ struct socket_facts {
 struct connection {
 	__u64 sk[2];		/* kernel address of each side's socket */
 	__u64 netns[2];		/* cookie of each side's network namespace */
+	__u64 kernel_at[2];	/* ktime (ns) when each side last used the kernel path */
 	__u64 redirected_at[2]; /* ktime (ns) when each side last (nearly) redirected */
 	__u64 redirected_messages[2];
 	__u64 redirected_bytes[2];
@@ -56,8 +57,8 @@ struct connection {
 };
 
 struct settings {
-	__u32 paused; /* 1: no socket joins, every message takes the kernel path */
-	__u32 unused;
+	__u32 paused;	     /* 1: no socket joins, every message takes the kernel path */
+	__u32 revalidate_ms; /* longest time between two messages on the kernel path; 0: any */
 };
 
 /* Indices into struct counters. */
@@ -74,6 +75,7 @@ enum counter {
 	/* why a message of a joined socket took the kernel path */
 	C_PAUSED,
 	C_PEER_NOT_JOINED,
+	C_REVALIDATE,
 	C_PEER_CLOSING,
 	C_NOT_DRAINED,
 	C_RECEIVER_BEHIND,

@@ -35,13 +35,14 @@
 
 #define E2BIG 7
 #define EBUSY 16
+#define NS_PER_MS (1000 * 1000ull)
 
 /*
  * A redirect decided by the peer longer ago than this has arrived. Normally it takes a
  * microsecond, but its task can be preempted, or throttled by its CPU quota: the default
  * period of CFS bandwidth control is 100 ms, and it may hit twice.
  */
-#define IN_FLIGHT_NS (200 * 1000 * 1000ull)
+#define IN_FLIGHT_NS (200 * NS_PER_MS)
 /* Tasks waiting on one socket that waiting_tasks() looks at before it gives up. */
 #define MOST_WAITERS 8
 /* Times that redirect_in_flight() looks at the peer. */
@@ -123,10 +124,16 @@ static __always_inline void count_new(__u64 netns, enum counter which)
 	count(netns, which, 1);
 }
 
-static __always_inline bool paused(void)
+static __always_inline struct settings *settings_now(void)
 {
 	__u32 zero = 0;
-	struct settings *s = bpf_map_lookup_elem(&settings, &zero);
+
+	return bpf_map_lookup_elem(&settings, &zero);
+}
+
+static __always_inline bool paused(void)
+{
+	struct settings *s = settings_now();
 
 	return !s || s->paused;
 }
@@ -252,6 +259,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx)
 	outcome = refusal(ctx);
 	if (outcome == COUNTERS) {
 		connection.sk[CLIENT] = (__u64)kernel_socket(ctx);
+		connection.kernel_at[CLIENT] = bpf_ktime_get_ns();
 		connection.netns[CLIENT] = own.netns;
 		connection.netns[SERVER] = server->netns;
 		connection.joined = 1 << CLIENT;
@@ -286,6 +294,7 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx)
 	outcome = refusal(ctx);
 	if (outcome == COUNTERS) {
 		connection->sk[SERVER] = (__u64)kernel_socket(ctx);
+		connection->kernel_at[SERVER] = bpf_ktime_get_ns();
 		outcome = join(ctx, &own, &facts_of_socket);
 		/* Last: from here on the client may redirect to us. */
 		if (outcome == C_JOINED)
@@ -466,12 +475,20 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 {
 	__u32 peer = !side;
 	struct tcp_sock *receiver = (struct tcp_sock *)connection->sk[peer];
+	struct settings *s = settings_now();
+	__u64 now = bpf_ktime_get_ns();
 	__u32 unread, limit;
 
-	if (paused())
+	if (!s || s->paused)
 		return C_PAUSED;
 	if (!(connection->joined & 1 << peer))
 		return C_PEER_NOT_JOINED;
+	/*
+	 * Policy, conntrack and counters see a message of each direction now and then. If
+	 * policy drops it, the receiver is never drained again and the rest follows it.
+	 */
+	if (s->revalidate_ms && now - connection->kernel_at[side] > s->revalidate_ms * NS_PER_MS)
+		return C_REVALIDATE;
 	/*
 	 * The receiver may be gone and its memory another socket's: then the numbers do not
 	 * match, or the map sockets does not have it. Redirected bytes move neither number.
@@ -498,7 +515,7 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	 * Last, and in this order: our mark, a full barrier (that of the atomic), their bit.
 	 * See redirect_in_flight().
 	 */
-	connection->redirected_at[side] = bpf_ktime_get_ns();
+	connection->redirected_at[side] = now;
 	if (__sync_fetch_and_add(&connection->closing, 0) & 1 << peer)
 		return C_PEER_CLOSING;
 	return C_REDIRECTED_MESSAGES;
@@ -514,6 +531,7 @@ static __always_inline void count_message(struct connection *connection, __u64 n
 		connection->redirected_messages[side]++;
 		connection->redirected_bytes[side] += size;
 	} else {
+		connection->kernel_at[side] = bpf_ktime_get_ns();
 		connection->kernel_messages[side]++;
 		connection->kernel_bytes[side] += size;
 	}

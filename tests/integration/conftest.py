@@ -21,7 +21,7 @@ import pytest
 from helpers.commands import run
 from helpers.leaks import nothing_left
 from helpers.netns import namespace, preserved_sysctls
-from nearpath.datapath import loader
+from nearpath.datapath import loader, tables
 from nearpath.kernel import cgroup, netns
 from nearpath.lanes import socket as lane
 from nearpath.place import Place
@@ -158,6 +158,8 @@ def pods() -> Iterator[tuple[Pod, Pod]]:
 def lab(place: Place, pods: tuple[Pod, Pod]) -> Lab:
     """A loaded datapath that knows both pods."""
     loader.ensure(place)
+    # Off, so that a slow machine does not change what the tests count; test_policy has it on.
+    tables.set_revalidate(place, 0)
     lab = Lab(place, *pods)
     lab.register()
     return lab

@@ -18,6 +18,7 @@ REASONS = {
     "stayed": "sockets stayed then: redirected data unread or on its way",
     "paused": "messages by kernel: paused",
     "peer_not_joined": "messages by kernel: the peer is not in the lane",
+    "revalidate": "messages by kernel: once a second, so that policy and conntrack see the flow",
     "peer_closing": "messages by kernel: the peer is closing",
     "not_drained": "messages by kernel: bytes sent by TCP still unread",
     "receiver_behind": "messages by kernel: the receiver is behind",

@@ -33,6 +33,9 @@ _SOCKOPS = "nearpath_sockops"
 _MESSAGE = "nearpath_message"
 _LINK = "link_sockops"
 _DRAINING = "draining-"
+# Policy that is tightened binds an accelerated connection after this time at the latest, and
+# conntrack hears of it; one message a second costs nothing measurable.
+_REVALIDATE_MS = 1000
 
 
 def is_loaded(place: Place) -> bool:
@@ -96,6 +99,7 @@ def _load(place: Place) -> None:
     from nearpath.datapath import tables
 
     tables.set_paused(place, False)
+    tables.set_revalidate(place, _REVALIDATE_MS)
     _register_recorded(place)
     with Descriptor.open_pinned(f"{place.layout_dir}/prog_{_SOCKOPS}") as program:
         try:

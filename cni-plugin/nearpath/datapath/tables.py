@@ -26,6 +26,7 @@ REASONS = (
     "stayed",
     "paused",
     "peer_not_joined",
+    "revalidate",
     "peer_closing",
     "not_drained",
     "receiver_behind",
@@ -43,7 +44,7 @@ _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
 _SETTINGS = struct.Struct("=II")
 _SEQUENCES = struct.Struct("=II")
-_CONNECTION = struct.Struct("=14QII2Q")
+_CONNECTION = struct.Struct("=16QII2Q")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 # Cookies start at 1 (net/core/net_namespace.c): 0 keeps the counts of pods that are gone.
 GONE = 0
@@ -133,17 +134,32 @@ def connections(place: Place) -> dict[int, int]:
     with _connections(place) as table:
         for _, value in table.items():  # noqa: PERF102 - no dictionary
             fields = _CONNECTION.unpack(value)
-            if fields[14] == 0b11:  # joined: both sides
+            if fields[16] == 0b11:  # joined: both sides
                 result[GONE] += 1
                 for cookie in {fields[2], fields[3]}:
                     result[cookie] = result.get(cookie, 0) + 1
     return result
 
 
+def _change(place: Place, field: int, value: int) -> None:
+    with _settings(place) as settings:
+        fields = list(_SETTINGS.unpack(settings.lookup(bytes(4)) or bytes(_SETTINGS.size)))
+        fields[field] = value
+        settings.update(bytes(4), _SETTINGS.pack(*fields))
+
+
 def set_paused(place: Place, paused: bool) -> None:
     """Pause or resume: paused, no socket joins and every message takes the kernel path."""
-    with _settings(place) as settings:
-        settings.update(bytes(4), _SETTINGS.pack(int(paused), 0))
+    _change(place, 0, int(paused))
+
+
+def set_revalidate(place: Place, milliseconds: int) -> None:
+    """Longest time that a direction of a connection stays off the kernel path while it sends.
+
+    Args:
+        milliseconds: 0 for ever.
+    """
+    _change(place, 1, milliseconds)
 
 
 def is_paused(place: Place) -> bool:

@@ -60,11 +60,11 @@ def lane_state(record: dict[str, Any], obstacle: str, registered: bool) -> tuple
     lane, reason = state.lane_of(record)
     if not state.wants_lane(record):
         return "off", reason
-    if obstacle:
-        return "off", obstacle
-    if registered:  # also by a load after an ADD that had failed
+    if registered and not obstacle:  # also by a load after an ADD that had failed
         return "on", ""
-    return "off", "not-registered" if lane == "on" else reason or "unknown"
+    if lane == "off":
+        return "off", reason or "unknown"
+    return "off", obstacle or "not-registered"
 
 
 def pod_list(place: Place) -> list[dict[str, Any]]:
