@@ -21,7 +21,8 @@ BUILD_PACKAGES := make:make binutils:objcopy clang:clang llvm:llvm-strip libbpf-
 CHECK_PACKAGES := shellcheck:shellcheck git:git
 NODE_PACKAGES := containernetworking-plugins containerd:containerd runc:runc podman:podman \
 	qperf:qperf iperf3:iperf3 iproute2:ip iptables:iptables nftables:nft ethtool:ethtool \
-	tcpdump:tcpdump strace:strace busybox-static kmod:modprobe
+	tcpdump:tcpdump strace:strace busybox-static kmod:modprobe \
+	qemu-system-x86:qemu-system-x86_64
 
 SOURCES := $(shell find cni-plugin -name '*.py')
 PROGRAM := dist/nearpath/nearpath
@@ -104,13 +105,12 @@ root:
 	@if [ "$$(id -u)" -ne 0 ]; then echo "==> needs root (BPF, network namespaces): use sudo" >&2; exit 1; fi
 
 .PHONY: test
-test: root setup build ## everything: linters, unit, integration and e2e tests (as root)
+test: root setup build ## everything: linters, unit, integration, e2e tests, stock kernels (as root)
 	@echo "==> tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: kernels
 kernels: root setup build ## the socket lane on stock Debian kernels in VMs (Debian 12, as root)
-	@$(MAKE) setup NODE_PACKAGES="qemu-system-x86:qemu-system-x86_64 busybox-static"
 	@echo "==> kernels"
 	@$(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
 

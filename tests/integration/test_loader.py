@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from helpers.commands import run, wait_until
+from helpers.commands import wait_until
 from helpers.leaks import snapshot
 from nearpath import state
 from nearpath.datapath import libbpf, loader, maps, tables
+from nearpath.datapath.maps import Descriptor
 from nearpath.errors import BpfError, Unavailable
 from nearpath.kernel import cgroup, features, mounts
 from nearpath.lanes import socket as lane
@@ -185,16 +187,19 @@ def test_a_socket_of_another_sockmap_is_left_alone(lab: Lab, tmp_path: Path) -> 
 def test_an_exclusive_attachment_is_named(place: Place) -> None:
     """Somebody else's program without BPF_F_ALLOW_MULTI: doctor and load both say so."""
     loader.ensure(place)
-    program = f"{place.layout_dir}/prog_nearpath_sockops"
     Path(place.layout_dir, "link_sockops").unlink()
-    attach = ["bpftool", "cgroup", "attach", place.cgroup, "sock_ops", "pinned", program]
-    run(attach)
-    try:
-        assert features.exclusive_programs(place.cgroup) == ["nearpath_sockop"]
-        with pytest.raises(BpfError, match="exclusively"):
-            loader.ensure(place)
-    finally:
-        run([*attach[:2], "detach", *attach[3:]])
+    theirs = ctypes.CDLL("libbpf.so.1")
+    cgroup_fd = os.open(place.cgroup, os.O_RDONLY)
+    with Descriptor.open_pinned(f"{place.layout_dir}/prog_nearpath_sockops") as program:
+        which = (program.number, cgroup_fd, libbpf.ATTACH_SOCK_OPS)
+        assert theirs.bpf_prog_attach(*which, 0) == 0
+        try:
+            assert features.exclusive_programs(place.cgroup) == ["nearpath_sockop"]
+            with pytest.raises(BpfError, match="exclusively"):
+                loader.ensure(place)
+        finally:
+            assert theirs.bpf_prog_detach2(*which) == 0
+            os.close(cgroup_fd)
     assert features.exclusive_programs(place.cgroup) == []
     assert loader.ensure(place)
 

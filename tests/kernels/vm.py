@@ -96,6 +96,13 @@ def cache() -> Path:
     return Path(os.environ.get("NEARPATH_CACHE") or Path.home() / ".cache/nearpath")
 
 
+def _offered(pattern: re.Pattern[str]) -> list[str]:
+    """Names of the packages of a series that apt can fetch."""
+    found = run(["apt-cache", "search", "--names-only", f"^{pattern.pattern}$"])
+    names = [line.split()[0] for line in found.stdout.splitlines() if line]
+    return [name for name in names if pattern.fullmatch(name)]
+
+
 def kernel(series: str) -> Path:
     """Directory of the newest unpacked kernel of a series (a key of SERIES).
 
@@ -106,9 +113,10 @@ def kernel(series: str) -> Path:
     """
     require("apt-cache", "apt-get", "dpkg")
     pattern = re.compile(SERIES[series])
-    found = run(["apt-cache", "search", "--names-only", f"^{pattern.pattern}$"])
-    names = [line.split()[0] for line in found.stdout.splitlines() if line]
-    names = [name for name in names if pattern.fullmatch(name)]
+    names = _offered(pattern)
+    if not names:  # perhaps only the lists are missing, as in images of containers
+        run(["apt-get", "--quiet", "update"], timeout=180, check=False)
+        names = _offered(pattern)
     problem = f"no configured source of packages has {pattern.pattern}"
     if names:
         try:
