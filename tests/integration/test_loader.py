@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -188,6 +189,8 @@ def test_an_exclusive_attachment_is_named(place: Place) -> None:
     """Somebody else's program without BPF_F_ALLOW_MULTI: doctor and load both say so."""
     loader.ensure(place)
     Path(place.layout_dir, "link_sockops").unlink()
+    programs = functools.partial(libbpf.cgroup_programs, place.cgroup, effective=False)
+    wait_until(lambda: not programs(), "our own link to be gone")
     theirs = ctypes.CDLL("libbpf.so.1")
     cgroup_fd = os.open(place.cgroup, os.O_RDONLY)
     with Descriptor.open_pinned(f"{place.layout_dir}/prog_nearpath_sockops") as program:
