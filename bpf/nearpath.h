@@ -51,8 +51,13 @@ struct connection {
 	__u64 redirected_bytes[2];
 	__u64 kernel_messages[2];
 	__u64 kernel_bytes[2];
-	__u32 joined;	   /* bit per side: its socket is or was in the map sockets */
-	__u32 closing;	   /* bit per side: it has sent its FIN, or is gone */
+	__u32 joined;	 /* bit per side: its socket is or was in the map sockets */
+	__u32 leaving;	 /* bit per side: nothing may be redirected to it any more */
+	__u32 streaming; /* bit per side: it streams small messages and is to leave */
+	__u32 streak;	 /* small messages in a row from streak_side, close together */
+	__u32 streak_side;
+	__u32 unused;
+	__u64 sent_at;	   /* ktime (ns) of the last of them */
 	__u64 empty_at[2]; /* redirected_messages of each side when its peer had read all */
 };
 
@@ -70,13 +75,15 @@ enum counter {
 	C_KERNEL_BYTES,
 	/* sockets */
 	C_JOINED,
-	C_LEFT,	  /* left the map with its FIN, to be native again */
-	C_STAYED, /* sent its FIN with redirected data unread or on its way */
+	C_LEFT_STREAMING, /* left the map, for TCP gathers small messages */
+	C_LEFT,		  /* left the map with its FIN, to be native again */
+	C_STAYED,	  /* sent its FIN with redirected data unread or on its way */
 	/* why a message of a joined socket took the kernel path */
 	C_PAUSED,
 	C_PEER_NOT_JOINED,
 	C_REVALIDATE,
-	C_PEER_CLOSING,
+	C_STREAMING,
+	C_PEER_LEFT,
 	C_NOT_DRAINED,
 	C_RECEIVER_BEHIND,
 	C_REDIRECT_FAILED,

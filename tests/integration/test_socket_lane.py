@@ -369,7 +369,7 @@ def test_half_close_keeps_what_is_redirected_and_unread(lab: Lab) -> None:
         server.close()
         assert read(client, 100) == b"redirected and unread, then by TCP"
     assert lab.reason("stayed") >= 1
-    assert lab.reason("peer_closing") == 1
+    assert lab.reason("peer_left") == 1
 
 
 def _reset(client: socket.socket, server: socket.socket) -> None:

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 # How people read the names in the counters.
 REASONS = {
     "joined": "sockets joined the lane",
+    "left_streaming": "sockets left it to stream small messages by TCP",
     "left": "sockets left it with their FIN",
     "stayed": "sockets stayed then: redirected data unread or on its way",
     "paused": "messages by kernel: paused",
     "peer_not_joined": "messages by kernel: the peer is not in the lane",
     "revalidate": "messages by kernel: once a second, so that policy and conntrack see the flow",
-    "peer_closing": "messages by kernel: the peer is closing",
+    "streaming": "messages by kernel: many small ones in a row, which TCP gathers",
+    "peer_left": "messages by kernel: the peer is closing or has left the lane",
     "not_drained": "messages by kernel: bytes sent by TCP still unread",
     "receiver_behind": "messages by kernel: the receiver is behind",
     "redirect_failed": "messages by kernel: redirect failed",

@@ -22,12 +22,14 @@ POD_SOCKET_LANE = 1  # struct pod.flags
 MESSAGES = ("redirected_messages", "redirected_bytes", "kernel_messages", "kernel_bytes")
 REASONS = (
     "joined",
+    "left_streaming",
     "left",
     "stayed",
     "paused",
     "peer_not_joined",
     "revalidate",
-    "peer_closing",
+    "streaming",
+    "peer_left",
     "not_drained",
     "receiver_behind",
     "redirect_failed",
@@ -44,7 +46,7 @@ _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
 _SETTINGS = struct.Struct("=II")
 _SEQUENCES = struct.Struct("=II")
-_CONNECTION = struct.Struct("=16QII2Q")
+_CONNECTION = struct.Struct("=16Q6I3Q")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 # Cookies start at 1 (net/core/net_namespace.c): 0 keeps the counts of pods that are gone.
 GONE = 0
