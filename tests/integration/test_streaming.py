@@ -46,7 +46,7 @@ def _stream(sender: socket.socket, reader: socket.socket, size: int) -> None:
 
 
 @pytest.mark.parametrize("direction", ["client", "server"])
-@pytest.mark.parametrize("size", [1, 64, 255])
+@pytest.mark.parametrize("size", [1, 64, 511])
 def test_a_stream_of_small_messages_leaves(lab: Lab, size: int, direction: str) -> None:
     """Its sender is out of the map, every byte arrives, and answers still do."""
     client, server = lab.pair()
@@ -69,10 +69,10 @@ def test_a_stream_of_small_messages_leaves(lab: Lab, size: int, direction: str) 
 
 
 def test_larger_messages_stay(lab: Lab) -> None:
-    """At 256 bytes and more the lane is faster, streams or not."""
+    """From 512 bytes on the lane is faster, streams or not."""
     client, server = lab.pair()
     with client, server:
-        _stream(client, server, 256)
+        _stream(client, server, 512)
     assert lab.reason("streaming") == lab.reason("left_streaming") == 0
 
 
