@@ -89,8 +89,8 @@ def test_each_direction_takes_the_kernel_path_once_per_interval(lab: Lab) -> Non
             assert server.recv(100) == b"question"
             server.sendall(b"answer")
             assert client.recv(100) == b"answer"
-    # A loaded machine may sleep through an interval; it never has more of them.
-    assert 10 <= lab.reason("revalidate") <= 20
+    # A loaded machine may sleep through intervals, or through the end of the second.
+    assert 4 <= lab.reason("revalidate") <= 24
     assert lab.kernel == lab.reason("revalidate")
     assert lab.redirected > 1000
 
