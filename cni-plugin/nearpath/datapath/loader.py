@@ -88,7 +88,7 @@ def load(place: Place) -> bool:
 
 def _load(place: Place) -> None:
     """Bring the datapath from whatever state it is in to loaded; the lock is held."""
-    from nearpath.datapath import libbpf
+    from nearpath.datapath import libbpf, tables
     from nearpath.datapath.maps import Descriptor
 
     cgroup = _prepare(place)
@@ -96,8 +96,6 @@ def _load(place: Place) -> None:
     _sweep(place)
     if not os.path.isdir(place.layout_dir):
         _build(place)
-    from nearpath.datapath import tables
-
     tables.set_paused(place, False)
     tables.set_revalidate(place, _REVALIDATE_MS)
     _register_recorded(place)
@@ -127,11 +125,10 @@ def _prepare(place: Place) -> str:
         )
     directory = place.cgroup or cgroup.v2_root()
     mounts.ensure_bpffs(place.pin_dir)
-    for path in (place.pin_dir,):
-        try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise StateError(f"cannot make {path}: {error.strerror}") from error
+    try:
+        os.makedirs(place.pin_dir, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"cannot make {place.pin_dir}: {error.strerror}") from error
     return directory
 
 
@@ -245,7 +242,7 @@ def retire(place: Place, report: Callable[[str], None] = lambda _: None) -> dict
 
 
 def _retire_loaded(place: Place, report: Callable[[str], None]) -> None:
-    """Pause, detach, and move the pins aside; the lock is held."""
+    """Pause, and move the pins aside; the lock is held."""
     from nearpath.datapath import tables
 
     if not os.path.isdir(place.layout_dir):
@@ -274,11 +271,10 @@ def _drain(place: Place, report: Callable[[str], None], timeout: float) -> dict[
             said = remaining
         time.sleep(0.2)
     if not remaining:
-        for directory in (place.pin_dir,):
-            try:
-                os.rmdir(directory)
-            except OSError:
-                pass  # other layouts live there, or it is gone
+        try:
+            os.rmdir(place.pin_dir)
+        except OSError:
+            pass  # other layouts live there, or it is gone
         report("drained: nothing of the datapath is left")
     return {"drained": not remaining, "remaining": remaining}
 
