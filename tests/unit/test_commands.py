@@ -201,6 +201,20 @@ def test_check_finds(plugin: Plugin, spoil: Callable[[Plugin], None], text: str)
     assert text in answer["msg"]
 
 
+def test_del_of_one_interface_keeps_what_a_load_has_mended(plugin: Plugin) -> None:
+    """The first interface's ADD failed open, and a later load has taken the pod in."""
+    plugin.doors.break_with("register", BpfError("no", errno.EPERM))
+    plugin.ok("ADD")
+    plugin.doors.broken.clear()
+    code, _ = plugin.call("ADD", plugin.config(), CNI_IFNAME="net1")
+    assert code == 0
+    code, _ = plugin.call("DEL", plugin.config(), CNI_IFNAME="net1")
+    assert code == 0
+    assert plugin.doors.pods
+    plugin.ok("DEL")
+    assert not plugin.doors.pods
+
+
 def test_check_mends_a_failed_add(plugin: Plugin) -> None:
     """A pod whose ADD failed open is taken in as soon as that is possible."""
     plugin.doors.break_with("register", BpfError("no", errno.EPERM))

@@ -110,7 +110,7 @@ def _attach(context: Context, record: dict[str, Any]) -> None:
     record["host_ifindex"] = index
     record["host_ifname"] = doors.link_name(index) if index else None
     siblings = others(context, cookie) if has_siblings(context) else []
-    if enabled and any(state.lane_of(other)[1] in state.CHOSEN for other in siblings):
+    if enabled and not all(state.wants_lane(other) for other in siblings):
         enabled, reason = False, "other-attachment"
     record["lanes"]["socket"] = lane = {"state": "on" if enabled else "off", "reason": reason}
     if before != cookie:  # before the record that knows it is replaced
@@ -132,7 +132,7 @@ def _take_out(context: Context, cookie: int, siblings: list[dict[str, Any]]) -> 
     """
     context.doors.unregister(context.place, cookie)
     for other in siblings:
-        if state.lane_of(other)[0] == "on":
+        if state.wants_lane(other):
             other["lanes"]["socket"] = {"state": "off", "reason": "other-attachment"}
             state.save(context.place, other)
 

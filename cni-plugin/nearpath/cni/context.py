@@ -173,8 +173,8 @@ def has_siblings(context: Context) -> bool:
 
 
 def release(context: Context, cookie: int) -> None:
-    """Unregister a namespace, unless another attachment's lane in it is on."""
-    if cookie and not any(state.lane_of(other)[0] == "on" for other in others(context, cookie)):
+    """Unregister a namespace, unless another attachment in it wants the lane."""
+    if cookie and not any(state.wants_lane(other) for other in others(context, cookie)):
         context.doors.unregister(context.place, cookie)
 
 

@@ -66,7 +66,7 @@ def collect(context: Context) -> bytes:
         gone = ours and (record["container_id"], record["ifname"]) not in valid
         (stale if gone else kept).append(record)
     in_use = {state.cookie_of(record) for record in kept}
-    lane_on = {state.cookie_of(record) for record in kept if state.lane_of(record)[0] == "on"}
+    wanted = {state.cookie_of(record) for record in kept if state.wants_lane(record)}
 
     def forget(cookie: int) -> bool:
         return context.attempt("unregister", lambda: doors.unregister(place, cookie))
@@ -78,7 +78,7 @@ def collect(context: Context) -> bytes:
     for record in stale:
         cookie = state.cookie_of(record)
         # The record goes last, and stays if the registration could not be removed.
-        complete &= (not cookie or cookie in lane_on or forget(cookie)) and remove(record)
+        complete &= (not cookie or cookie in wanted or forget(cookie)) and remove(record)
     explained = in_use | {state.cookie_of(record) for record in stale}
     for cookie in registered:
         complete &= cookie in explained or forget(cookie)
