@@ -22,7 +22,8 @@
  * connections  {c, s}                    struct connection     both               both, user space
  * counters     netns cookie              struct counters       both               user space
  *
- * Deleting from sockets destroys unread redirected data: only leave() does it, and only when there is none.
+ * Deleting from sockets destroys unread redirected data: only leave() does it, and only when
+ * there is none.
  */
 #include <stdbool.h>
 

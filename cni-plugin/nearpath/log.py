@@ -23,6 +23,11 @@ _LEVELS = ("info", "warning", "error")
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
 
 
+def plain(text: str) -> str:
+    """A text from outside with control characters made visible."""
+    return text.translate(_CONTROL)
+
+
 class Log:
     """Writes ``<UTC time> <level> [<pid>] <context>: <message>`` lines.
 
@@ -57,7 +62,7 @@ class Log:
         if level not in self._wanted:
             return
         text = f"{self.context}: {message}" if self.context else message
-        text = text.translate(_CONTROL)[:4000]
+        text = plain(text)[:4000]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = f"{stamp} {level} [{os.getpid()}] {text}\n".encode("utf-8", "backslashreplace")
         if not self._quiet and level != "info":

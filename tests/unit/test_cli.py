@@ -54,7 +54,10 @@ def datapath(monkeypatch: pytest.MonkeyPatch, place: Place, **changes: object) -
         "draining": 0,
         **changes,
     }
-    monkeypatch.setattr("nearpath.datapath.loader.describe", lambda _: shown)
+    monkeypatch.setattr(
+        "nearpath.datapath.loader.describe",
+        lambda _: {**shown, "unloaded": Path(place.unloaded_file).exists()},
+    )
     monkeypatch.setattr("nearpath.datapath.loader.is_loaded", lambda _: shown["loaded"])
     monkeypatch.setattr("nearpath.lanes.socket.totals", lambda _: COUNTERS)
     monkeypatch.setattr("nearpath.lanes.socket.by_pod", lambda _: {7: COUNTERS})

@@ -255,7 +255,10 @@ def describe(monkeypatch: pytest.MonkeyPatch, place: Place, **changes: object) -
     """Make the loader say this about the datapath."""
     shown: dict[str, Any] = {"loaded": True, "paused": False, "draining": 0, "pins": place.pin_dir}
     shown.update(changes)
-    monkeypatch.setattr("nearpath.datapath.loader.describe", lambda _: shown)
+    monkeypatch.setattr(
+        "nearpath.datapath.loader.describe",
+        lambda _: {**shown, "unloaded": Path(place.unloaded_file).exists()},
+    )
     monkeypatch.setattr("nearpath.datapath.loader.is_loaded", lambda _: shown["loaded"])
     monkeypatch.setattr("nearpath.lanes.socket.by_pod", lambda _: {})
     monkeypatch.setattr("nearpath.lanes.socket.is_registered", lambda _, cookie: cookie == 7)

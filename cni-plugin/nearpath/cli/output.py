@@ -7,6 +7,7 @@ import sys
 from os import environ, geteuid
 from typing import TYPE_CHECKING, Any
 
+from nearpath import log
 from nearpath.errors import NearpathError
 from nearpath.place import Place
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 # Columns where there is no terminal: nothing gets cut in a log or a ticket.
 _WIDE = 160
-# Control characters in names of pods could drive the terminal of whoever looks.
-_CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
 
 Commands = Any  # argparse._SubParsersAction[argparse.ArgumentParser], which is private
 
@@ -64,7 +63,7 @@ def print_json(data: object) -> None:
 
 def plain(text: object) -> str:
     """A text from outside with control characters made visible."""
-    return str(text).translate(_CONTROL)
+    return log.plain(str(text))
 
 
 def console(*, stderr: bool = False) -> Console:

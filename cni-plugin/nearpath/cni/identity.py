@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nearpath.cni.protocol import quote
+from nearpath.cni.protocol import NAME, quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ SOCKET_LANE = ANNOTATION_PREFIX + "socket-lane"
 _KNOWN_ANNOTATIONS = frozenset({SOCKET_LANE})
 
 _ARGUMENTS = {"K8S_POD_NAMESPACE": "namespace", "K8S_POD_NAME": "name", "K8S_POD_UID": "uid"}
-_NAME = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 _LONGEST = 253  # a DNS subdomain, the longest Kubernetes name
 
 
@@ -36,7 +35,7 @@ def parse_args(text: str, warn: Callable[[str], None]) -> dict[str, str]:
         field = _ARGUMENTS.get(key)
         if field is None:
             continue
-        if len(value) > _LONGEST or not _NAME.issuperset(value):
+        if len(value) > _LONGEST or not NAME.issuperset(value):
             warn(f"CNI_ARGS: {key} is not a name, ignored: {quote(value)}")
             continue
         pod[field] = value

@@ -51,7 +51,7 @@ _TEXT_LIMIT = 1000
 _IFNAME_LIMIT = 15  # IFNAMSIZ - 1
 
 _ALPHANUMERIC = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
-_NAME = _ALPHANUMERIC | frozenset("_.-")
+NAME = _ALPHANUMERIC | frozenset("_.-")
 # Not in an interface name: the separators, and Unicode's White_Space as Go knows it.
 _NOT_IN_IFNAME = frozenset(
     "/:\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
@@ -135,7 +135,7 @@ def encode_error(error: CniError, version: str) -> bytes:
 
 
 def _valid_name(text: str) -> bool:
-    return text[:1] in _ALPHANUMERIC and _NAME.issuperset(text) if text else False
+    return text[:1] in _ALPHANUMERIC and NAME.issuperset(text) if text else False
 
 
 def _check_container_id(text: str) -> None:

@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
 
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 _SO_NETNS_COOKIE = 71  # asm-generic/socket.h, since Linux 5.14
 
 
@@ -32,7 +32,7 @@ def _open(path: str) -> int:
 
 def _setns(descriptor: int, path: str) -> None:
     try:
-        syscall(SETNS, descriptor, _CLONE_NEWNET)
+        syscall(SETNS, descriptor, CLONE_NEWNET)
     except OSError as error:
         text = error.strerror
         raise NetnsError(f"cannot enter network namespace {path!r}: {text}") from error

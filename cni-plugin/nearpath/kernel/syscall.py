@@ -19,7 +19,7 @@ from _ctypes import (
 )
 
 # asm/unistd.h; asm-generic/unistd.h (arm64) has its own numbers.
-SETNS, BPF = (268, 280) if os.uname().machine == "aarch64" else (308, 321)
+SETNS, BPF, UNSHARE = (268, 280, 97) if os.uname().machine == "aarch64" else (308, 321, 272)
 
 
 class _Long(_SimpleCData):  # type: ignore[type-arg]  # cannot be subscripted when it runs

@@ -9,9 +9,10 @@ import socket
 import struct
 
 from nearpath.errors import NearpathError
-from nearpath.kernel import mounts
+from nearpath.kernel import mounts, netns
+from nearpath.kernel.syscall import UNSHARE, syscall
 
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_OWN_NETNS = "/proc/self/ns/net"
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _SIOCBRDELBR = 0x89A1
 _IFF_UP = 1
@@ -26,20 +27,17 @@ def new_netns() -> int:
     Raises:
         NearpathError: not permitted, or no namespaces in this kernel.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    ours = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if libc.unshare(_CLONE_NEWNET) != 0:
-            text = os.strerror(ctypes.get_errno())
-            raise NearpathError(f"cannot make a network namespace: {text}")
+    with netns.entered(_OWN_NETNS):  # to come back from what unshare makes
         try:
-            descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            syscall(UNSHARE, netns.CLONE_NEWNET)
+        except OSError as error:
+            raise NearpathError(f"cannot make a network namespace: {error.strerror}") from error
+        descriptor = os.open(_OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
+        try:
             _set_up("lo", True)
-        finally:
-            if libc.setns(ours, _CLONE_NEWNET) != 0:
-                raise SystemExit("cannot return to our own network namespace")
-    finally:
-        os.close(ours)
+        except OSError:
+            os.close(descriptor)
+            raise
     return descriptor
 
 

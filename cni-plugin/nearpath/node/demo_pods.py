@@ -101,7 +101,7 @@ def conflist(bridge: str, subnet: str, data_dir: str) -> dict[str, Any]:
 def _plugin_link(directory: Path) -> None:
     """Put this very program into ``directory`` as the CNI plugin nearpath."""
     target = directory / "nearpath"
-    if getattr(sys, "frozen", False):
+    if hasattr(sys, "_MEIPASS"):  # frozen; build.spec says why sys.frozen is not set
         target.symlink_to(sys.executable)
         return
     main = Path(__file__).resolve().parents[2] / "main.py"
@@ -252,8 +252,8 @@ def sweep(place: Place) -> None:
             throwaway.delete_bridge(name)
     for record in list(state.records(place)):
         if dead(record["container_id"], CONTAINER):
-            cookie = record.get("netns_cookie")
-            if isinstance(cookie, int) and cookie > 0:
+            cookie = state.cookie_of(record)
+            if cookie:
                 lane.unregister(place, cookie)
             state.remove(place, record["container_id"], record["ifname"])
     for path in Path(tempfile.gettempdir()).glob(f"{CONTAINER}*"):

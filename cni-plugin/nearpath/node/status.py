@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from nearpath import VERSION, state
@@ -22,7 +21,7 @@ def node_status(place: Place) -> dict[str, Any]:
         "lanes": {"socket": counters}, "failures": {reason: count}}``.
     """
     shown = loader.describe(place)
-    pods = pod_list(place)
+    pods = pod_list(place, shown)
     return {
         "version": VERSION,
         "loaded": shown["loaded"],
@@ -31,7 +30,7 @@ def node_status(place: Place) -> dict[str, Any]:
         "pins": shown["pins"],
         "paused": shown["paused"],
         "draining": shown["draining"],
-        "unloaded_by_operator": os.path.exists(place.unloaded_file),
+        "unloaded_by_operator": shown["unloaded"],
         "pods": len(pods),
         "pods_on_lane": sum(pod["lanes"]["socket"]["state"] == "on" for pod in pods),
         "lanes": {"socket": socket.totals(place)},
@@ -39,11 +38,11 @@ def node_status(place: Place) -> dict[str, Any]:
     }
 
 
-def _obstacle(place: Place) -> str:
+def _obstacle(shown: dict[str, Any]) -> str:
     """Why no pod at all can be on the lane now; empty if there is no such reason."""
-    if not loader.is_loaded(place):
-        return "unloaded-by-operator" if os.path.exists(place.unloaded_file) else "not-loaded"
-    return "paused" if loader.describe(place)["paused"] else ""
+    if not shown["loaded"]:
+        return "unloaded-by-operator" if shown["unloaded"] else "not-loaded"
+    return "paused" if shown["paused"] else ""
 
 
 def lane_state(record: dict[str, Any], obstacle: str, registered: bool) -> tuple[str, str]:
@@ -67,14 +66,17 @@ def lane_state(record: dict[str, Any], obstacle: str, registered: bool) -> tuple
     return "off", obstacle or "not-registered"
 
 
-def pod_list(place: Place) -> list[dict[str, Any]]:
+def pod_list(place: Place, shown: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """One entry per attachment, sorted by namespace and name.
+
+    Args:
+        shown: what loader.describe says, if the caller has asked already.
 
     Returns:
         ``{"namespace", "name", "container_id", "ifname", "ips", "netns_cookie", "network",
         "lanes": {"socket": {"state", "reason", **counters}}}`` each.
     """
-    obstacle = _obstacle(place)
+    obstacle = _obstacle(shown or loader.describe(place))
     counters = socket.by_pod(place)
     pods = []
     for record in state.records(place):
