@@ -26,6 +26,7 @@ struct sock;
 
 struct sock_common {
 	struct sock *skc_listener; /* of a request socket: the listening socket */
+	unsigned long skc_flags;   /* spelled sk_flags in the kernel; bits of enum sock_flags */
 };
 
 struct wait_queue_entry {
@@ -47,6 +48,7 @@ struct sock {
 		atomic_t rmem_alloc; /* spelled sk_rmem_alloc in the kernel */
 	} sk_backlog;
 	int sk_rcvbuf;
+	int sk_rcvlowat;
 	struct socket_wq *sk_wq;
 	void *sk_user_data; /* of a socket in a sockmap: its sk_psock, low bits are flags */
 };
@@ -55,9 +57,13 @@ struct inet_sock {
 	struct sock sk;
 };
 
+struct tcp_ulp_ops {
+	char name[16];
+};
+
 struct inet_connection_sock {
 	struct inet_sock icsk_inet;
-	const void *icsk_ulp_ops; /* set: TLS, MPTCP subflow, ... */
+	const struct tcp_ulp_ops *icsk_ulp_ops; /* set: TLS, MPTCP subflow, ... */
 };
 
 struct tcp_sock {
@@ -90,6 +96,19 @@ struct bpf_sock_ops_kern {
 	struct sock *sk;
 };
 
+struct msghdr {
+	unsigned int msg_flags;
+};
+
+struct socket {
+	struct sock *sk;
+};
+
 #pragma clang attribute pop
+
+/* Only the name counts: the value is taken from the running kernel. */
+enum sock_flags {
+	SOCK_ZEROCOPY,
+};
 
 #endif

@@ -42,6 +42,16 @@ struct socket_facts {
 	__u32 unused;
 };
 
+/* One side's view of its connection; network byte order but for the ports. */
+struct endpoint {
+	__u32 local_ip[4]; /* IPv4 in the first word; the others mean nothing then */
+	__u32 remote_ip[4];
+	__u16 local_port;
+	__u16 remote_port;
+	__u16 family; /* AF_INET or AF_INET6 */
+	__u16 unused;
+};
+
 struct connection {
 	__u64 sk[2];		/* kernel address of each side's socket */
 	__u64 netns[2];		/* cookie of each side's network namespace */
@@ -51,19 +61,53 @@ struct connection {
 	__u64 redirected_bytes[2];
 	__u64 kernel_messages[2];
 	__u64 kernel_bytes[2];
-	__u32 joined;	 /* bit per side: its socket is or was in the map sockets */
-	__u32 leaving;	 /* bit per side: nothing may be redirected to it any more */
-	__u32 streaming; /* bit per side: it streams small messages and is to leave */
-	__u32 streak;	 /* small messages in a row from streak_side, close together */
-	__u32 streak_side;
+	__u64 sent_at;	    /* ktime (ns) of the last message of streak */
+	__u64 empty_at[2];  /* redirected_messages of each side when its peer had read all */
+	__u32 joined;	    /* bit per side: its socket is or was in the map sockets */
+	__u32 leaving;	    /* bit per side: nothing may be redirected to it any more */
+	__u32 waived;	    /* bit per side: its first message needs no probation */
+	__u32 streak;	    /* messages of a stream in a row from streak_side */
+	__u32 streak_side;  /* enum side */
+	__u32 wants_out[2]; /* why each side's socket is to leave the map; 0: it is not */
+	__u32 blocked[2];   /* why nothing of each side may be redirected; 0: it may */
+	__u32 path[2];	    /* enum counter: path of each side's last message, or the reason */
 	__u32 unused;
-	__u64 sent_at;	   /* ktime (ns) of the last of them */
-	__u64 empty_at[2]; /* redirected_messages of each side when its peer had read all */
+	struct endpoint endpoint[2];
 };
 
+/* How a program reads from a class of connections; see probation in socket_lane.bpf.c. */
+struct reader {
+	__u64 netns;	  /* cookie of the reader's network namespace */
+	__u64 peer_netns; /* cookie of the other side's */
+	__u32 port;	  /* that the server listens on */
+	__u32 side;	  /* of the reader */
+};
+
+struct reading {
+	__u32 fit;   /* connections read to their end with calls that the lane supports */
+	__u32 unfit; /* calls that it does not */
+};
+
+/*
+ * Switches of the rules, live. Zero switches a rule off. Defaults: datapath/settings.py.
+ * In every layout `paused` is the first word, for a loader pauses layouts it does not know.
+ */
 struct settings {
-	__u32 paused;	     /* 1: no socket joins, every message takes the kernel path */
-	__u32 revalidate_ms; /* longest time between two messages on the kernel path; 0: any */
+	__u32 paused;		/* 1: no socket joins, every message takes the kernel path */
+	__u32 redirect;		/* 0: sockets join, but every message takes the kernel path */
+	__u32 guards;		/* 1: what bpf/guards.bpf.c has found out is heeded */
+	__u32 probation;	/* messages each way that take the kernel path first */
+	__u32 proven;		/* connections with fit readers that waive probation; 0: none do */
+	__u32 revalidate_ms;	/* longest time between two messages on the kernel path */
+	__u32 drained;		/* 1: never redirect while bytes sent by TCP are unread */
+	__u32 receiver_percent; /* of sk_rcvbuf that a reader may leave unread in the lane */
+	__u32 unread_messages;	/* redirected messages that a reader may leave unread */
+	__u32 stream_messages;	/* more in a row are a stream; see streaming() */
+	__u32 stream_gap_us;	/* longest time between two messages of a stream */
+	__u32 stream_from;	/* a stream of messages of this size and more stays in the lane … */
+	__u32 stream_to;	/* … if they are smaller than this */
+	__u32 duplex;		/* 1: sockets with a reader that sleeps beside a writer leave */
+	__u32 mptcp_fallback;	/* 1: plain TCP connections of MPTCP listeners may join */
 };
 
 /* Indices into struct counters. */
@@ -75,17 +119,31 @@ enum counter {
 	C_KERNEL_BYTES,
 	/* sockets */
 	C_JOINED,
-	C_LEFT_STREAMING, /* left the map, for TCP gathers small messages */
+	C_WAIVED,	  /* joined without probation */
+	C_LEFT_STREAMING, /* left the map, for the kernel path carries this stream faster */
+	C_LEFT_DUPLEX,	  /* left the map, for one task reads while another waits to write */
+	C_LEFT_ZEROCOPY,  /* left the map, for it sends with MSG_ZEROCOPY */
 	C_LEFT,		  /* left the map with its FIN, to be native again */
 	C_STAYED,	  /* sent its FIN with redirected data unread or on its way */
+	/* calls that the lane does not support, seen by the guards */
+	C_SEEN_SPLICE,
+	C_SEEN_FLAGS,
 	/* why a message of a joined socket took the kernel path */
 	C_PAUSED,
+	C_REDIRECT_OFF,
 	C_PEER_NOT_JOINED,
-	C_REVALIDATE,
 	C_STREAMING,
-	C_PEER_LEFT,
+	C_DUPLEX,
+	C_ZEROCOPY,
+	C_NOT_FIT,
+	C_URGENT,
+	C_ULP_SET,
+	C_LOW_WATER,
+	C_PROBATION,
+	C_REVALIDATE,
 	C_NOT_DRAINED,
 	C_RECEIVER_BEHIND,
+	C_PEER_LEFT,
 	C_REDIRECT_FAILED,
 	/* why a socket of a pod did not join */
 	C_PEER_ELSEWHERE,

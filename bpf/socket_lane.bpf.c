@@ -13,30 +13,23 @@
  * c and s are the initial sequence numbers plus one. Whatever cannot be paired or moved
  * takes the kernel path: the sk_msg program always returns SK_PASS, sock_ops always 1.
  *
- * map          key                       value                 writer             reader
- * pods         netns cookie              struct pod            ADD, DEL           sock_ops
- * settings     0                         struct settings       user space         both
- * half_open    {c, s}                    struct half_open      sock_ops (server)  sock_ops (client)
- * sockets      {own, other}              socket                sock_ops           sk_msg
- * facts        socket                    struct socket_facts   sock_ops           both
- * connections  {c, s}                    struct connection     both               both, user space
- * counters     netns cookie              struct counters       both               user space
+ * The maps are in maps.h, the switch is choose_path() in path.h.
  *
  * Deleting from sockets destroys unread redirected data: only leave() does it, and only when
  * there is none.
  */
-#include <stdbool.h>
+#include <bpf/bpf_endian.h>
 
-#include <linux/bpf.h>
-#include <bpf/bpf_helpers.h>
-#include <bpf/bpf_core_read.h>
-
-#include "kernel_types.h"
-#include "nearpath.h"
+#include "path.h"
 
 #define E2BIG 7
 #define EBUSY 16
-#define NS_PER_MS (1000 * 1000ull)
+#define AF_INET 2
+/*
+ * Read a member of the context here and now: clang likes to join reads of two branches to one
+ * by a computed address, which the verifier refuses.
+ */
+#define READ(member) (*(const volatile __u32 *)&(member))
 
 /*
  * A redirect decided by the peer longer ago than this has arrived. Normally it takes a
@@ -44,105 +37,8 @@
  * period of CFS bandwidth control is 100 ms, and it may hit twice.
  */
 #define IN_FLIGHT_NS (200 * NS_PER_MS)
-/* Tasks waiting on one socket that waiting_tasks() looks at before it gives up. */
-#define MOST_WAITERS 8
 /* Times that redirect_in_flight() looks at the peer. */
 #define PATIENCE 200
-/* Redirected messages that a reader may leave unread; see choose_path(). */
-#define MOST_UNREAD_MESSAGES 256
-/*
- * More than STREAK messages of less than SMALL bytes one way, none back, each within
- * STREAK_GAP_NS of the one before: a stream, which TCP gathers into fewer and larger
- * segments (Nagle, auto-corking), while a redirect wakes the reader for each. Measured with
- * qperf tcp_bw (kernel 6.18, veth and bridge), lane to kernel path: 0.5 at 1 byte, 0.7 at
- * 64, 1.2 (one CPU) and 0.8 (two) at 256, 1.8 and more from 1 KiB. Slower one-way messages
- * stay: they gain from the shorter way and have nothing to be gathered with.
- */
-#define STREAK 64
-#define SMALL 512
-#define STREAK_GAP_NS (NS_PER_MS / 5)
-/* sk_user_data's low bits are flags (SK_USER_DATA_*, include/net/sock.h). */
-#define USER_DATA_FLAGS 7ull
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 4096);
-	__type(key, __u64);
-	__type(value, struct pod);
-} pods SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct settings);
-} settings SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 8192);
-	__type(key, struct sequences);
-	__type(value, struct half_open);
-} half_open SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SOCKHASH);
-	__uint(max_entries, 65536);
-	__type(key, struct sequences);
-	__type(value, __u32);
-} sockets SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct socket_facts);
-} facts SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 32768);
-	__type(key, struct sequences);
-	__type(value, struct connection);
-} connections SEC(".maps");
-
-/* Not preallocated: most nodes have far fewer pods than this and many CPUs. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4097);
-	__type(key, __u64);
-	__type(value, struct counters);
-} counters SEC(".maps");
-
-/* Weak: without it waiting_tasks() finds nobody and the answer is the careful one. */
-extern const void woken_wake_function __ksym __weak;
-
-static __always_inline void count(__u64 netns, enum counter which, __u64 amount)
-{
-	struct counters *c = bpf_map_lookup_elem(&counters, &netns);
-
-	if (c)
-		c->value[which] += amount;
-}
-
-static __always_inline void count_new(__u64 netns, enum counter which)
-{
-	if (!bpf_map_lookup_elem(&counters, &netns)) {
-		struct counters zero = {};
-
-		bpf_map_update_elem(&counters, &netns, &zero, BPF_NOEXIST);
-	}
-	count(netns, which, 1);
-}
-
-static __always_inline struct settings *settings_now(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&settings, &zero);
-}
-
 static __always_inline bool paused(void)
 {
 	struct settings *s = settings_now();
@@ -155,17 +51,6 @@ static __always_inline bool in_lane(__u64 netns)
 	struct pod *pod = bpf_map_lookup_elem(&pods, &netns);
 
 	return pod && pod->flags & POD_SOCKET_LANE;
-}
-
-static __always_inline bool has_ulp(struct tcp_sock *tp)
-{
-	return BPF_CORE_READ(tp, inet_conn.icsk_ulp_ops) != NULL;
-}
-
-static __always_inline bool is_mptcp(struct tcp_sock *tp)
-{
-	/* The member exists only with CONFIG_MPTCP. */
-	return bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp);
 }
 
 /* The kernel's own socket behind a sock_ops context; NULL when it cannot be read. */
@@ -186,11 +71,12 @@ static __always_inline struct sock *kernel_socket(struct bpf_sock_ops *ctx)
 static __always_inline void syn_received(struct bpf_sock_ops *ctx)
 {
 	struct half_open value = { .netns = bpf_get_netns_cookie(ctx) };
+	struct settings *s = settings_now();
 	struct tcp_request_sock *request;
 	struct tcp_sock *listener;
 	struct sequences key;
 
-	if (!in_lane(value.netns))
+	if (!s || !in_lane(value.netns))
 		return;
 	request = (struct tcp_request_sock *)kernel_socket(ctx);
 	if (!request)
@@ -203,11 +89,12 @@ static __always_inline void syn_received(struct bpf_sock_ops *ctx)
 	listener = (struct tcp_sock *)BPF_CORE_READ(request, req.req.__req_common.skc_listener);
 	if (!listener)
 		return;
-	if (is_mptcp(listener)) {
-		count_new(value.netns, C_MPTCP);
-		return;
-	}
-	if (has_ulp(listener)) {
+	if (is_mptcp_listener(listener)) {
+		if (!s->mptcp_fallback) {
+			count_new(value.netns, C_MPTCP);
+			return;
+		}
+	} else if (has_ulp(listener)) {
 		count_new(value.netns, C_ULP);
 		return;
 	}
@@ -227,7 +114,77 @@ static __always_inline enum counter refusal(struct bpf_sock_ops *ctx)
 		return C_MPTCP;
 	if (has_ulp(tp))
 		return C_ULP;
+	if (sends_zerocopy((struct sock *)tp))
+		return C_ZEROCOPY;
 	return COUNTERS;
+}
+
+static __always_inline void note_endpoint(struct bpf_sock_ops *ctx, struct endpoint *own)
+{
+	__u32 local_ip4, remote_ip4;
+
+	own->family = ctx->family;
+	own->local_port = ctx->local_port;
+	/* In network order, in the upper half of the word. */
+	own->remote_port = bpf_ntohl(ctx->remote_port);
+	for (int i = 0; i < 4; i++) {
+		own->local_ip[i] = READ(ctx->local_ip6[i]);
+		own->remote_ip[i] = READ(ctx->remote_ip6[i]);
+	}
+	local_ip4 = READ(ctx->local_ip4);
+	remote_ip4 = READ(ctx->remote_ip4);
+	if (own->family == AF_INET) {
+		own->local_ip[0] = local_ip4;
+		own->remote_ip[0] = remote_ip4;
+	}
+}
+
+/*
+ * What is known of how this kind of connection is read by one side. Programs of one kind
+ * (clients in this pod of that port of that pod) read alike: enough connections read to
+ * their end with calls that the lane supports spare the next ones their probation, one call
+ * that it does not support keeps the lane from all that follow.
+ */
+static __always_inline void recall_reader(struct connection *connection, __u32 reader, __u32 port)
+{
+	struct reader key = { .port = port, .side = reader & 1 };
+	struct settings *s = settings_now();
+	struct reading *known;
+
+	if (!s || !s->probation)
+		return;
+	key.netns = connection->netns[reader & 1];
+	key.peer_netns = connection->netns[!(reader & 1)];
+	known = bpf_map_lookup_elem(&readers, &key);
+	if (!known)
+		return;
+	if (known->unfit)
+		connection->blocked[!(reader & 1)] = C_NOT_FIT;
+	else if (s->proven && known->fit >= s->proven) {
+		connection->waived |= 1 << (reader & 1);
+		count(key.netns, C_WAIVED, 1);
+	}
+}
+
+/* A reader that was never seen to use a call which the lane does not support is at its end. */
+static __always_inline void remember_reader(const struct connection *connection, __u32 reader)
+{
+	struct reader key = { .side = reader & 1 };
+	struct settings *s = settings_now();
+	struct reading *known, first = { .fit = 1 };
+	__u32 writer = !(reader & 1);
+
+	if (!s || !s->probation || connection->blocked[writer] ||
+	    !connection->kernel_messages[writer])
+		return;
+	key.port = connection->endpoint[SERVER].local_port;
+	key.netns = connection->netns[reader & 1];
+	key.peer_netns = connection->netns[writer];
+	known = bpf_map_lookup_elem(&readers, &key);
+	if (!known)
+		bpf_map_update_elem(&readers, &key, &first, BPF_NOEXIST);
+	else if (known->fit < s->proven)
+		__sync_fetch_and_add(&known->fit, 1);
 }
 
 /* Put the socket into the lane: facts first, for sk_msg may run as soon as it is in. */
@@ -276,6 +233,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx)
 		connection.netns[CLIENT] = own.netns;
 		connection.netns[SERVER] = server->netns;
 		connection.joined = 1 << CLIENT;
+		note_endpoint(ctx, &connection.endpoint[CLIENT]);
 		if (bpf_map_update_elem(&connections, &key, &connection, BPF_NOEXIST)) {
 			outcome = C_MAP_FULL;
 		} else {
@@ -308,6 +266,10 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx)
 	if (outcome == COUNTERS) {
 		connection->sk[SERVER] = (__u64)kernel_socket(ctx);
 		connection->kernel_at[SERVER] = bpf_ktime_get_ns();
+		note_endpoint(ctx, &connection->endpoint[SERVER]);
+		/* Here for both, for only the server knows its own port. */
+		recall_reader(connection, CLIENT, ctx->local_port);
+		recall_reader(connection, SERVER, ctx->local_port);
 		outcome = join(ctx, &own, &facts_of_socket);
 		/* Last: from here on the client may redirect to us. */
 		if (outcome == C_JOINED)
@@ -317,46 +279,6 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx)
 }
 
 /* ---- leaving --------------------------------------------------------------------- */
-
-static __always_inline struct sk_psock *psock_of(struct sock *sk)
-{
-	return (struct sk_psock *)((__u64)BPF_CORE_READ(sk, sk_user_data) & ~USER_DATA_FLAGS);
-}
-
-static __always_inline bool queue_empty(struct sock *sk)
-{
-	struct sk_psock *psock = psock_of(sk);
-
-	return BPF_CORE_READ(psock, ingress_msg.next) ==
-	       __builtin_preserve_access_index(&psock->ingress_msg);
-}
-
-/*
- * Tasks that sleep in recvmsg or sendmsg of this socket (not in poll or epoll). Global and
- * with an integer for an argument, so that the verifier looks at it once and not for every
- * turn of the loop around it.
- */
-__noinline int waiting_tasks(__u64 address)
-{
-	struct sock *sk = (struct sock *)address;
-	struct socket_wq *wq = BPF_CORE_READ(sk, sk_wq);
-	struct list_head *head, *item;
-	int found = 0;
-
-	if (!wq)
-		return 0;
-	head = __builtin_preserve_access_index(&wq->wait.head);
-	item = BPF_CORE_READ(head, next);
-	for (int i = 0; i < MOST_WAITERS && item && item != head; i++) {
-		struct wait_queue_entry *entry;
-
-		entry = (void *)item - bpf_core_field_offset(struct wait_queue_entry, entry);
-		if (BPF_CORE_READ(entry, func) == &woken_wake_function)
-			found++;
-		item = BPF_CORE_READ(item, next);
-	}
-	return found;
-}
 
 /*
  * May a redirect that the peer has decided still be on its way? Each sendmsg and recvmsg
@@ -413,6 +335,9 @@ static __always_inline enum departure leave(struct bpf_sock_ops *ctx, struct con
 	/* close(2) has taken it out already (sock_map_close). */
 	if (!sk || !psock_of(sk))
 		return WAS_OUT;
+	/* The ULP reads and writes by itself, and taking it from below would be asking a lot. */
+	if (has_ulp((struct tcp_sock *)sk))
+		return STILL_IN;
 	if (own->side == SERVER) {
 		key.first = own->connection.second;
 		key.second = own->connection.first;
@@ -436,19 +361,25 @@ static __always_inline struct connection *connection_of(struct bpf_sock_ops *ctx
 }
 
 /*
- * An acknowledgement has come in: the first moment after sk_msg has found a stream at which
- * its sender can be taken out of the map. From then on it sends at native speed.
+ * An acknowledgement has come in: the first moment after sk_msg has found that a socket is
+ * better off outside at which it can be taken out of the map. From then on it is native.
  */
 static __always_inline void acknowledged(struct bpf_sock_ops *ctx)
 {
 	struct connection *connection;
 	struct socket_facts *own;
+	__u32 why;
 
 	connection = connection_of(ctx, &own);
-	if (!connection || !(connection->streaming & 1 << (own->side & 1)))
+	if (!connection)
 		return;
-	if (leave(ctx, connection, own) == OUT)
+	why = connection->wants_out[own->side & 1];
+	if (!why || leave(ctx, connection, own) != OUT)
+		return;
+	if (why == C_STREAMING)
 		count(own->netns, C_LEFT_STREAMING, 1);
+	else
+		count(own->netns, why == C_DUPLEX ? C_LEFT_DUPLEX : C_LEFT_ZEROCOPY, 1);
 }
 
 static __always_inline void state_changed(struct bpf_sock_ops *ctx, __u32 state)
@@ -475,6 +406,7 @@ static __always_inline void state_changed(struct bpf_sock_ops *ctx, __u32 state)
 			count(own->netns, departure == OUT ? C_LEFT : C_STAYED, 1);
 		return;
 	}
+	remember_reader(connection, own->side);
 	mine = 1 << (own->side & 1);
 	if (!(__sync_fetch_and_and(&connection->joined, ~mine) & ~mine))
 		bpf_map_delete_elem(&connections, &own->connection);
@@ -510,107 +442,20 @@ int nearpath_sockops(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
-/* ---- the switch ------------------------------------------------------------------ */
-
-/* Is this message one too many of a stream of small ones? See STREAK. */
-static __always_inline bool streaming(struct connection *connection, __u32 side, __u32 size,
-				      __u64 now)
-{
-	bool goes_on = size < SMALL && connection->streak_side == side &&
-		       now - connection->sent_at < STREAK_GAP_NS;
-
-	connection->streak = goes_on ? connection->streak + 1 : 0;
-	connection->streak_side = side;
-	connection->sent_at = now;
-	if (connection->streak > STREAK)
-		__sync_fetch_and_or(&connection->streaming, 1 << side);
-	return connection->streaming & 1 << side;
-}
+/* ---- messages ---------------------------------------------------------------------- */
 
 /*
- * The path of one message: C_REDIRECTED_MESSAGES, or the reason for the kernel path.
- *
- * The order matters. Redirect → kernel is always in order, for tcp_bpf_recvmsg reads the
- * redirected queue first; kernel → redirect only when nothing sent by TCP is unread.
+ * A task sleeps in recvmsg of this socket while another sends: tcp_bpf_recvmsg waits only
+ * once and would return EAGAIN when the writer, having filled the send buffer, is woken. Such
+ * sockets leave. Looked for when a message takes the kernel path, for only then can the
+ * send buffer fill up, and the looking costs as much as choosing.
  */
-static __always_inline enum counter choose_path(struct connection *connection, __u32 side,
-						struct tcp_sock *tp, __u32 size)
+static __always_inline void notice_duplex(struct connection *connection, __u32 side)
 {
-	__u32 peer = !side;
-	struct tcp_sock *receiver = (struct tcp_sock *)connection->sk[peer];
 	struct settings *s = settings_now();
-	__u64 now = bpf_ktime_get_ns();
-	__u32 unread, limit;
 
-	if (!s || s->paused)
-		return C_PAUSED;
-	if (!(connection->joined & 1 << peer))
-		return C_PEER_NOT_JOINED;
-	if (streaming(connection, side, size, now))
-		return C_STREAMING;
-	/*
-	 * Policy, conntrack and counters see a message of each direction now and then. If
-	 * policy drops it, the receiver is never drained again and the rest follows it.
-	 */
-	if (s->revalidate_ms && now - connection->kernel_at[side] > s->revalidate_ms * NS_PER_MS)
-		return C_REVALIDATE;
-	/*
-	 * The receiver may be gone and its memory another socket's: then the numbers do not
-	 * match, or the map sockets does not have it. Redirected bytes move neither number.
-	 */
-	if (BPF_CORE_READ(receiver, copied_seq) != tp->write_seq)
-		return C_NOT_DRAINED;
-	/*
-	 * A redirect has no flow control. Up to half of the buffer; beyond, TCP's own window
-	 * takes over while it is still open: were the buffer full, TCP's segments would be
-	 * dropped and the sender would wait for its retransmission timer, for reading
-	 * redirected bytes sends no window update.
-	 */
-	unread = BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
-	limit = BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_rcvbuf);
-	if (unread + size > limit / 2)
-		return C_RECEIVER_BEHIND;
-	/* sk_rmem_alloc counts bytes; every message takes another 1 KiB (struct sk_msg). */
-	if (!unread)
-		connection->empty_at[side] = connection->redirected_messages[side];
-	else if (connection->redirected_messages[side] - connection->empty_at[side] >=
-		 MOST_UNREAD_MESSAGES)
-		return C_RECEIVER_BEHIND;
-	/*
-	 * Last, and in this order: our mark, a full barrier (that of the atomic), their bit.
-	 * See redirect_in_flight().
-	 */
-	connection->redirected_at[side] = now;
-	if (__sync_fetch_and_add(&connection->leaving, 0) & 1 << peer)
-		return C_PEER_LEFT;
-	return C_REDIRECTED_MESSAGES;
-}
-
-static __always_inline void count_message(struct connection *connection, __u64 netns, __u32 side,
-					  enum counter path, __u32 size)
-{
-	struct counters *c = bpf_map_lookup_elem(&counters, &netns);
-
-	/* Written under this side's socket lock only, so plain additions do. */
-	if (path == C_REDIRECTED_MESSAGES) {
-		connection->redirected_messages[side]++;
-		connection->redirected_bytes[side] += size;
-	} else {
-		connection->kernel_at[side] = bpf_ktime_get_ns();
-		connection->kernel_messages[side]++;
-		connection->kernel_bytes[side] += size;
-	}
-	if (!c)
-		return;
-	if (path == C_REDIRECTED_MESSAGES) {
-		c->value[C_REDIRECTED_MESSAGES]++;
-		c->value[C_REDIRECTED_BYTES] += size;
-	} else {
-		c->value[C_KERNEL_MESSAGES]++;
-		c->value[C_KERNEL_BYTES] += size;
-		if (path < COUNTERS)
-			c->value[path]++;
-	}
+	if (s && s->duplex && !connection->wants_out[side] && waiting_tasks(connection->sk[side]))
+		connection->wants_out[side] = C_DUPLEX;
 }
 
 SEC("sk_msg")
@@ -635,6 +480,8 @@ int nearpath_message(struct sk_msg_md *msg)
 		return SK_PASS;
 	side = own->side & 1;
 	path = choose_path(connection, side, tp, msg->size);
+	if (path != C_REDIRECTED_MESSAGES)
+		notice_duplex(connection, side);
 	if (path == C_REDIRECTED_MESSAGES) {
 		peer = own->connection;
 		if (side == CLIENT) {

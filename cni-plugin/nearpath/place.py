@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Version of the layout of maps and pins: bumped when a map's key or value changes.
-LAYOUT = 1
+LAYOUT = 2
+_RUN_DIR = "/run/nearpath"
 
 
 class Place:
@@ -33,7 +34,7 @@ class Place:
 
     def __init__(
         self,
-        run_dir: str = "/run/nearpath",
+        run_dir: str = _RUN_DIR,
         pin_dir: str = "/sys/fs/bpf/nearpath",
         cgroup: str = "",
     ) -> None:
@@ -93,6 +94,18 @@ class Place:
         return f"{self.run_dir}/unloaded"
 
     @property
+    def guards_file(self) -> str:
+        """Why the guards of the loaded datapath are not attached; empty if they are."""
+        return f"{self.run_dir}/guards"
+
+    @property
+    def calibration_file(self) -> str:
+        """What `nearpath calibrate` has found; survives a reboot unless run_dir was moved."""
+        if self.run_dir == _RUN_DIR:
+            return "/var/lib/nearpath/calibration.json"
+        return f"{self.run_dir}/calibration.json"
+
+    @property
     def digest_file(self) -> str:
-        """Digest of the BPF object whose programs are loaded."""
+        """Digest of the BPF objects whose programs are loaded."""
         return f"{self.run_dir}/loaded"

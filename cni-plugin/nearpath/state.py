@@ -219,7 +219,16 @@ def _parse(path: str) -> dict[str, Any] | None:
 
 # Reasons for a lane being off that were somebody's choice; all others are failures, which
 # the next load of the datapath mends.
-CHOSEN = frozenset({"excluded-namespace", "annotation", "config", "own-netns", "other-attachment"})
+CHOSEN = frozenset(
+    {
+        "excluded-namespace",
+        "annotation",
+        "config",
+        "no-guards",
+        "own-netns",
+        "other-attachment",
+    }
+)
 
 
 def lane_of(record: dict[str, Any], lane: str = "socket") -> tuple[str, str]:
@@ -235,6 +244,13 @@ def wants_lane(record: dict[str, Any], lane: str = "socket") -> bool:
     """True unless somebody chose that this attachment stays off the lane."""
     found, reason = lane_of(record, lane)
     return found == "on" or reason not in CHOSEN
+
+
+def may_go_unguarded(record: dict[str, Any]) -> bool:
+    """True if this attachment accepts the socket lane without guards."""
+    lanes = record.get("lanes")
+    found = lanes.get("socket") if isinstance(lanes, dict) else None
+    return isinstance(found, dict) and found.get("unguarded") is True
 
 
 def cookie_of(record: dict[str, Any] | None) -> int:

@@ -26,6 +26,7 @@ class FakeDoors(Doors):
     Attributes:
         namespaces: path to cookie; any other path does not exist.
         loaded: the datapath is loaded.
+        guarded: its guards are attached.
         pods: registered cookies.
         broken: method name to what to do instead of it (raise, sleep).
         calls: names of the methods called, in order.
@@ -36,6 +37,7 @@ class FakeDoors(Doors):
     def __init__(self, namespaces: dict[str, int] | None = None, *, loaded: bool = True) -> None:
         self.namespaces = {"/run/netns/a": 1001} if namespaces is None else namespaces
         self.loaded = loaded
+        self.guarded = True
         self.pods: set[int] = set()
         self.broken: dict[str, Callable[[], object]] = {}
         self.calls: list[str] = []
@@ -79,7 +81,11 @@ class FakeDoors(Doors):
         self._enter("is_loaded", place)
         return self.loaded
 
-    def prepare(self, place: Place) -> bool:
+    def is_guarded(self, place: Place) -> bool:
+        self._enter("is_guarded", place)
+        return self.guarded
+
+    def prepare(self, place: Place, most_connections: int = 0) -> bool:
         self._enter("prepare", place)
         before, self.loaded = self.loaded, True
         return not before

@@ -21,7 +21,7 @@ import pytest
 from helpers.commands import run
 from helpers.leaks import nothing_left
 from helpers.netns import namespace, preserved_sysctls
-from nearpath.datapath import loader, tables
+from nearpath.datapath import loader, settings, unloader
 from nearpath.kernel import cgroup, netns
 from nearpath.lanes import socket as lane
 from nearpath.place import Place
@@ -118,7 +118,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
             yield chosen
         finally:
             Path(root + home, "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
-            left = loader.unload(chosen, lambda _: None, 5)
+            left = unloader.unload(chosen, lambda _: None, 5)
             Path(chosen.cgroup).rmdir()
         assert left == {"drained": True, "remaining": 0}
 
@@ -158,8 +158,9 @@ def pods() -> Iterator[tuple[Pod, Pod]]:
 def lab(place: Place, pods: tuple[Pod, Pod]) -> Lab:
     """A loaded datapath that knows both pods."""
     loader.ensure(place)
-    # Off, so that a slow machine does not change what the tests count; test_policy has it on.
-    tables.set_revalidate(place, 0)
+    # Off, so that a slow machine does not change what the tests count (test_policy has it on),
+    # and so that they count the same with and without guards (test_guards has it on).
+    settings.write(place, revalidate_ms=0, probation=0)
     lab = Lab(place, *pods)
     lab.register()
     return lab

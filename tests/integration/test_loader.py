@@ -16,11 +16,12 @@ import pytest
 from helpers.commands import wait_until
 from helpers.leaks import snapshot
 from nearpath import state
-from nearpath.datapath import libbpf, loader, maps, tables
+from nearpath.datapath import libbpf, loader, maps, tables, unloader
 from nearpath.datapath.maps import Descriptor
 from nearpath.errors import BpfError, Unavailable
 from nearpath.kernel import cgroup, features, mounts
 from nearpath.lanes import socket as lane
+from nearpath.place import LAYOUT
 
 if TYPE_CHECKING:
     from nearpath.place import Place
@@ -63,18 +64,20 @@ def test_leftovers_of_a_killed_loader_do_not_matter(place: Place) -> None:
     os.unlink(f"{place.layout_dir}/link_sockops")
     assert not loader.is_loaded(place)
     assert loader.ensure(place)
-    loader.retire(place)
+    unloader.retire(place)
     os.makedirs(f"{place.pin_dir}/loading")
     assert loader.ensure(place)
-    assert sorted(os.listdir(place.pin_dir)) == ["v1"]
+    assert sorted(os.listdir(place.pin_dir)) == [f"v{LAYOUT}"]
 
 
-def _record(container_id: str, cookie: int, lane: str, reason: str) -> dict[str, object]:
+def _record(
+    container_id: str, cookie: int, lane: str, reason: str, *, unguarded: bool = True
+) -> dict[str, object]:
     return {
         "container_id": container_id,
         "ifname": "eth0",
         "netns_cookie": cookie,
-        "lanes": {"socket": {"state": lane, "reason": reason}},
+        "lanes": {"socket": {"state": lane, "reason": reason, "unguarded": unguarded}},
     }
 
 
@@ -83,7 +86,7 @@ def test_recorded_pods_are_known_after_a_reload(place: Place) -> None:
     loader.ensure(place)
     state.save(place, _record("c1", 4711, "on", ""))
     lane.register(place, 4711)
-    assert loader.unload(place, lambda _: None, 5) == {"drained": True, "remaining": 0}
+    assert unloader.unload(place, lambda _: None, 5) == {"drained": True, "remaining": 0}
     assert not lane.is_registered(place, 4711)
     state.save(place, _record("c2", 4712, "off", "unloaded-by-operator"))
     state.save(place, _record("c3", 4713, "off", "annotation"))
@@ -99,7 +102,7 @@ def test_recorded_pods_are_known_after_a_reload(place: Place) -> None:
 def test_an_operators_unload_lasts(place: Place) -> None:
     """ADD must not load behind the operator's back; ``load`` takes the mark away."""
     loader.ensure(place)
-    loader.unload(place, lambda _: None, 5)
+    unloader.unload(place, lambda _: None, 5)
     with pytest.raises(Unavailable) as refused:
         loader.ensure(place)
     assert refused.value.reason == "unloaded-by-operator"
@@ -114,7 +117,7 @@ def test_unload_loses_nothing_of_live_connections(lab: Lab) -> None:
         client.sendall(b"redirected, ")
         assert lab.redirected == 1
         lines: list[str] = []
-        result = loader.unload(lab.place, lines.append, 0.5)
+        result = unloader.unload(lab.place, lines.append, 0.5)
         assert result == {"drained": False, "remaining": 2}
         assert not loader.is_loaded(lab.place)
         assert loader.describe(lab.place)["draining"] == 2
@@ -129,7 +132,7 @@ def test_unload_loses_nothing_of_live_connections(lab: Lab) -> None:
         assert server.recv(100) == b"still here"
         assert lane.totals(lab.place)["redirected_messages"] == 0
     wait_until(lambda: loader.describe(lab.place)["draining"] == 0, "the sockets to be gone")
-    assert loader.unload(lab.place, lambda _: None, 5)["drained"]
+    assert unloader.unload(lab.place, lambda _: None, 5)["drained"]
     assert not Path(lab.place.pin_dir).exists()
 
 
@@ -141,7 +144,7 @@ def test_unload_wakes_no_reader(lab: Lab) -> None:
     reader = threading.Thread(target=lambda: got.append(server.recv(100)))
     with client, server:
         reader.start()
-        loader.unload(lab.place, lambda _: None, 0.3)
+        unloader.unload(lab.place, lambda _: None, 0.3)
         client.sendall(b"after")
         reader.join(10)
     assert got == [b"after"]
@@ -182,7 +185,7 @@ def test_a_socket_of_another_sockmap_is_left_alone(lab: Lab, tmp_path: Path) -> 
         assert sorted(total["reasons"].get("socket_busy", 0) for total in both)[1] >= 1
         assert sum(total["redirected_messages"] for total in both) == 1
     finally:
-        loader.retire(other)
+        unloader.retire(other)
 
 
 def test_an_exclusive_attachment_is_named(place: Place) -> None:
@@ -228,7 +231,7 @@ def test_nothing_is_left_after_load_and_unload(place: Place) -> None:
     before = snapshot()
     loader.ensure(place)
     assert snapshot() - before
-    loader.retire(place)
+    unloader.retire(place)
     wait_until(lambda: not snapshot() - before, "the kernel to free what was loaded")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.commands import run, wait_until
 from helpers.netns import inside
-from nearpath.datapath import tables
+from nearpath.datapath import settings
 from nearpath.kernel import netns
 
 from .conftest import PORT, TIMEOUT
@@ -80,7 +80,7 @@ class _Busy:
 
 def test_each_direction_takes_the_kernel_path_once_per_interval(lab: Lab) -> None:
     """A busy connection, both ways: about one message each per interval, the rest the lane."""
-    tables.set_revalidate(lab.place, 100)
+    settings.write(lab.place, revalidate_ms=100)
     client, server = lab.pair()
     with client, server:
         begin = time.monotonic()
@@ -97,7 +97,7 @@ def test_each_direction_takes_the_kernel_path_once_per_interval(lab: Lab) -> Non
 
 def test_an_idle_connection_goes_by_the_kernel_path_first(lab: Lab) -> None:
     """After a pause policy is asked before anything is redirected."""
-    tables.set_revalidate(lab.place, 50)
+    settings.write(lab.place, revalidate_ms=50)
     client, server = lab.pair()
     with client, server:
         time.sleep(0.1)
@@ -110,7 +110,7 @@ def test_an_idle_connection_goes_by_the_kernel_path_first(lab: Lab) -> None:
 
 def test_a_new_rule_stops_a_busy_connection_and_its_removal_frees_it(lab: Lab) -> None:
     """Dropped on the kernel path, the connection stays there until TCP gets through again."""
-    tables.set_revalidate(lab.place, int(INTERVAL * 1000))
+    settings.write(lab.place, revalidate_ms=int(INTERVAL * 1000))
     _nft(lab, _POLICY)
     client, server = lab.pair()
     with client, server:
@@ -136,7 +136,7 @@ def test_conntrack_keeps_the_entry_of_a_busy_translated_connection(
     Without revalidation the entry expires, the client's FIN is not translated any more, and
     the server never hears of the end.
     """
-    tables.set_revalidate(lab.place, 1000 if revalidate else 0)
+    settings.write(lab.place, revalidate_ms=1000 if revalidate else 0)
     _nft(lab, _SERVICE)
     with netns.entered(lab.right.netns):
         timeout = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from helpers.commands import wait_until
-from nearpath.datapath import tables
+from nearpath.datapath import unloader
 
 if TYPE_CHECKING:
     from .conftest import Lab
@@ -54,7 +54,7 @@ def test_a_stream_of_small_messages_leaves(lab: Lab, size: int, direction: str) 
         sender, reader = (client, server) if direction == "client" else (server, client)
         _stream(sender, reader, size)
         assert lab.reason("left_streaming") == 1
-        assert tables.sockets_left(lab.place.layout_dir) == 1
+        assert unloader.sockets_left(lab.place.layout_dir) == 1
         counted = lab.kernel + lab.redirected
         assert counted < COUNT * 0.9, "the rest is native and so not counted"
         for word in (b"answer", b"another"):

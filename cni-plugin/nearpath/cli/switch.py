@@ -77,7 +77,7 @@ def _load(arguments: argparse.Namespace) -> int:
 
 
 def _unload(arguments: argparse.Namespace) -> int:
-    from nearpath.datapath import loader
+    from nearpath.datapath import loader, unloader
 
     place = output.root_place()
     target = sys.stderr if arguments.json else sys.stdout
@@ -85,7 +85,7 @@ def _unload(arguments: argparse.Namespace) -> int:
     def report(step: str) -> None:
         print(step, file=target, flush=True)
 
-    shown = loader.unload(place, report, arguments.timeout)
+    shown = unloader.unload(place, report, arguments.timeout)
     if loader.is_loaded(place):
         raise NearpathError("the datapath is loaded again", "somebody ran `nearpath load`")
     if arguments.json:

@@ -112,14 +112,22 @@ def _attach(context: Context, record: dict[str, Any]) -> None:
     siblings = others(context, cookie) if has_siblings(context) else []
     if enabled and not all(state.wants_lane(other) for other in siblings):
         enabled, reason = False, "other-attachment"
-    record["lanes"]["socket"] = lane = {"state": "on" if enabled else "off", "reason": reason}
+    unguarded = not context.conf.guards or netconf.asks_for_lane(context.conf)
+    lane = {"state": "on" if enabled else "off", "reason": reason, "unguarded": unguarded}
+    record["lanes"]["socket"] = lane
     if before != cookie:  # before the record that knows it is replaced
         context.attempt("old registration", lambda: release(context, before))
     state.save(place, record)
     if enabled:
-        if doors.prepare(place):
+        if doors.prepare(place, context.conf.most_connections):
             context.log.info("datapath loaded")
+        enabled = unguarded or doors.is_guarded(place)
+    if enabled:
         doors.register(place, cookie)
+    elif lane["state"] == "on":
+        lane.update(state="off", reason="no-guards")
+        _take_out(context, cookie, siblings)
+        state.save(place, record)
     elif before == cookie or siblings:
         _take_out(context, cookie, siblings)
     context.log.info(f"socket lane {lane['state']} {reason}".rstrip())

@@ -47,15 +47,24 @@ class Doors:
 
         return loader.is_loaded(place)
 
-    def prepare(self, place: Place) -> bool:
+    def is_guarded(self, place: Place) -> bool:
+        """True if the guards of the loaded datapath are attached."""
+        from nearpath.datapath import loader
+
+        return loader.is_guarded(place)
+
+    def prepare(self, place: Place, most_connections: int = 0) -> bool:
         """Make sure that the datapath is loaded; True if this call loaded it.
+
+        Args:
+            most_connections: for the sizes of the maps that a load makes; 0: by memory.
 
         Raises:
             Unavailable, BpfError: it cannot be.
         """
         from nearpath.datapath import loader
 
-        return not loader.is_loaded(place) and loader.ensure(place)
+        return not loader.is_loaded(place) and loader.ensure(place, most_connections)
 
     def register(self, place: Place, cookie: int) -> None:
         """Let the socket lane serve a network namespace."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 TIMEOUT_ADD = 5.0  # seconds
 TIMEOUT = 2.0  # seconds, every other command
 _TIMEOUT_RANGE = (0.5, 60.0)
+# Those of datapath/sizes.py, which an ADD need not import.
+_CONNECTIONS_RANGE = (1024, 1 << 20)
 _LEVELS = ("info", "warning", "error")
 
 # Keys that the specification and libcni put beside ours; everything under cni.dev/ too.
@@ -51,6 +53,8 @@ class NetConf:
     Attributes:
         required: an internal failure fails ADD instead of leaving the pod on the kernel path.
         socket_lane: the default for pods that say nothing.
+        guards: pods take the lane only under guard, unless they ask for it themselves.
+        most_connections: that the maps are to hold when they are made; 0: by memory.
         exclude_namespaces: Kubernetes namespaces whose pods are left alone.
         timeout: deadline of the command in seconds, or None for the default.
         log_level: the least severe level that is logged.
@@ -62,7 +66,9 @@ class NetConf:
     __slots__ = (
         "annotations",
         "exclude_namespaces",
+        "guards",
         "log_level",
+        "most_connections",
         "problems",
         "required",
         "socket_lane",
@@ -73,6 +79,8 @@ class NetConf:
     def __init__(self) -> None:
         self.required = False
         self.socket_lane = True
+        self.guards = True
+        self.most_connections = 0
         self.exclude_namespaces: frozenset[str] = frozenset()
         self.timeout: float | None = None
         self.log_level = "info"
@@ -116,6 +124,23 @@ def _socket_lane(conf: NetConf, value: object) -> str:
     return ""
 
 
+def _guards(conf: NetConf, value: object) -> str:
+    if value not in {"required", "preferred"} if isinstance(value, str) else True:
+        return 'must be "required" or "preferred"'
+    conf.guards = value == "required"
+    return ""
+
+
+def _most_connections(conf: NetConf, value: object) -> str:
+    least, most = _CONNECTIONS_RANGE
+    if isinstance(value, bool) or not isinstance(value, int):
+        return f"must be a whole number, not {_type(value)}"
+    if not least <= value <= most:
+        return f"must be between {least} and {most}"
+    conf.most_connections = value
+    return ""
+
+
 def _exclude_namespaces(conf: NetConf, value: object) -> str:
     if not isinstance(value, list):
         return f"must be a list of strings, not {_type(value)}"
@@ -147,6 +172,8 @@ def _log_level(conf: NetConf, value: object) -> str:
 KEYS: dict[str, Callable[[NetConf, object], str]] = {
     "required": _required,
     "socketLane": _socket_lane,
+    "guards": _guards,
+    "maxConnections": _most_connections,
     "excludeNamespaces": _exclude_namespaces,
     "timeoutSeconds": _timeout,
     "logLevel": _log_level,
@@ -174,6 +201,11 @@ def parse(config: dict[str, Any]) -> NetConf:
         conf.warnings.append(f'annotation {SOCKET_LANE} is not "on" or "off", ignored')
         del conf.annotations[SOCKET_LANE]
     return conf
+
+
+def asks_for_lane(conf: NetConf) -> bool:
+    """True if the pod's own annotation switches the socket lane on."""
+    return conf.annotations.get(SOCKET_LANE) == "on"
 
 
 def socket_lane(conf: NetConf, pod: dict[str, str]) -> tuple[bool, str]:

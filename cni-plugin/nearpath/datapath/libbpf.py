@@ -53,7 +53,9 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_object__next_program": (c_void_p, c_void_p, c_void_p),
     "bpf_map__name": (c_char_p, c_void_p),
     "bpf_map__fd": (c_int, c_void_p),
+    "bpf_map__set_max_entries": (c_int, c_void_p, c_uint32),
     "bpf_map__set_pin_path": (c_int, c_void_p, c_char_p),
+    "bpf_raw_tracepoint_open": (c_int, c_char_p, c_int),
     "bpf_program__name": (c_char_p, c_void_p),
     "bpf_program__fd": (c_int, c_void_p),
     "libbpf_probe_bpf_prog_type": (c_int, c_int, c_void_p),
@@ -173,6 +175,18 @@ class Object:
             names.append(name)
         return names
 
+    def set_sizes(self, entries: dict[str, int]) -> None:
+        """Make maps larger or smaller than their source says, before load().
+
+        Args:
+            entries: most entries by the map's name; other maps stay as they are.
+        """
+        for item in self._walk("bpf_object__next_map"):
+            name = _lib.bpf_map__name(item).decode()
+            if name in entries:
+                result = _lib.bpf_map__set_max_entries(item, entries[name])
+                _check(f"set the size of map {name}", result)
+
     def load(self) -> None:
         """Create the maps and load the programs (verifier)."""
         _check(f"load BPF object {self._path}", _lib.bpf_object__load(self._pointer))
@@ -212,6 +226,12 @@ def attach_to_cgroup(program: Descriptor, cgroup: str) -> Descriptor:
         return Descriptor(_check(f"attach {program.name} to cgroup {cgroup}", number), cgroup)
     finally:
         os.close(directory)
+
+
+def attach_tracing(program: Descriptor) -> Descriptor:
+    """Attach an fentry program to the function that its section names."""
+    number = _lib.bpf_raw_tracepoint_open(None, program.number)
+    return Descriptor(_check(f"attach {program.name}", number), program.name)
 
 
 def update_link(link: Descriptor, program: Descriptor) -> None:

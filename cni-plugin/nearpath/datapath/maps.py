@@ -23,6 +23,9 @@ _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY = 1, 2, 3, 4
 _ELEMENT = struct.Struct("=IIQQQ")  # map_fd, padding, key, value or next_key, flags
 _PIN, _GET = 6, 7
 _OBJECT = struct.Struct("=QII")  # pathname, bpf_fd, file_flags
+_INFO_BY_FD = 15
+_INFO = struct.Struct("=IIQ")  # bpf_fd, info_len, info
+_MAP_INFO = struct.Struct("=5I")  # start of struct bpf_map_info: type, id, sizes, max_entries
 _LOOKUP_BATCH = 24
 _BATCH = struct.Struct("=QQQQIIQQ")  # in, out, keys, values, count, map_fd, flags, flags
 _BATCH_COUNT = 32  # offset of count
@@ -93,6 +96,15 @@ def _get(path: str) -> int:
     return _bpf(f"open pin {path}", _GET, bytearray(_OBJECT.pack(address(name), 0, 0)))
 
 
+def _information(number: int, name: str) -> tuple[int, int, int, int]:
+    """Kind, key size, value size and most entries of a map."""
+    information = bytearray(_MAP_INFO.size)
+    attributes = bytearray(_INFO.pack(number, len(information), address(information)))
+    _bpf(f"describe map {name}", _INFO_BY_FD, attributes)
+    kind, _, key_size, value_size, entries = _MAP_INFO.unpack(information)
+    return kind, key_size, value_size, entries
+
+
 class Map(Descriptor):
     """A map with keys and values as bytes of fixed sizes.
 
@@ -119,6 +131,25 @@ class Map(Descriptor):
             BpfError: errno ENOENT if nothing is pinned there.
         """
         return cls(_get(path), path, key_size, value_size, per_cpu)
+
+    @classmethod
+    def pinned_unknown(cls, path: str) -> Map:
+        """Open the map pinned at ``path``, whatever its sizes; not for per-CPU maps.
+
+        Raises:
+            BpfError: errno ENOENT if nothing is pinned there.
+        """
+        number = _get(path)
+        try:
+            _, key_size, value_size, _ = _information(number, path)
+        except BpfError:
+            os.close(number)
+            raise
+        return cls(number, path, key_size, value_size)
+
+    def most_entries(self) -> int:
+        """Entries that the map has room for."""
+        return _information(self.number, self.name)[3]
 
     def __enter__(self) -> Map:
         return self

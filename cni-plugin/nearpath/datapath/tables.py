@@ -7,13 +7,14 @@ or two such calls in its life.
 from __future__ import annotations
 
 import struct
-from errno import ENOENT
 
 from nearpath.datapath.maps import Map
-from nearpath.errors import BpfError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
     from nearpath.place import Place
 
 POD_SOCKET_LANE = 1  # struct pod.flags
@@ -22,16 +23,29 @@ POD_SOCKET_LANE = 1  # struct pod.flags
 MESSAGES = ("redirected_messages", "redirected_bytes", "kernel_messages", "kernel_bytes")
 REASONS = (
     "joined",
+    "waived",
     "left_streaming",
+    "left_duplex",
+    "left_zerocopy",
     "left",
     "stayed",
+    "seen_splice",
+    "seen_flags",
     "paused",
+    "redirect_off",
     "peer_not_joined",
-    "revalidate",
     "streaming",
-    "peer_left",
+    "duplex",
+    "zerocopy",
+    "not_fit",
+    "urgent",
+    "ulp_set",
+    "low_water",
+    "probation",
+    "revalidate",
     "not_drained",
     "receiver_behind",
+    "peer_left",
     "redirect_failed",
     "peer_elsewhere",
     "ulp",
@@ -44,20 +58,79 @@ COUNTERS = (*MESSAGES, *REASONS)
 
 _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
-_SETTINGS = struct.Struct("=II")
 _SEQUENCES = struct.Struct("=II")
-_CONNECTION = struct.Struct("=16Q6I3Q")
+# struct connection: eight pairs of u64, then as named; two struct endpoint at the end.
+_CONNECTION = struct.Struct("=16Q3Q5I2I2I2II" + 2 * "16s16s4H")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
+_NETNS, _NETNS_AT = struct.Struct("=2Q"), 2 * 8
+_JOINED, _JOINED_AT = struct.Struct("=I"), 19 * 8
+_AF_INET = 2
+BOTH = 0b11  # Connection.joined, Connection.leaving
 # Cookies start at 1 (net/core/net_namespace.c): 0 keeps the counts of pods that are gone.
 GONE = 0
 
 
+class Connection:
+    """One entry of the map connections; pairs are (client, server).
+
+    Attributes:
+        key: both initial sequence numbers plus one, the client's first.
+        netns: cookies.
+        kernel_at, redirected_at: CLOCK_MONOTONIC, nanoseconds; 0: never.
+        redirected_messages, redirected_bytes, kernel_messages, kernel_bytes: sent.
+        joined, leaving, waived: a bit per side, the client's is the lowest.
+        wants_out, blocked, path: counter names; "" for none.
+        endpoints: per side (local address, local port, remote address, remote port), the
+            addresses as bytes, 4 or 16 of them.
+    """
+
+    __slots__ = (
+        "blocked",
+        "endpoints",
+        "joined",
+        "kernel_at",
+        "kernel_bytes",
+        "kernel_messages",
+        "key",
+        "leaving",
+        "netns",
+        "path",
+        "redirected_at",
+        "redirected_bytes",
+        "redirected_messages",
+        "waived",
+        "wants_out",
+    )
+
+    def __init__(self, key: tuple[int, ...], fields: tuple[Any, ...]) -> None:
+        self.key = key
+        self.netns = fields[2:4]
+        self.kernel_at = fields[4:6]
+        self.redirected_at = fields[6:8]
+        self.redirected_messages = fields[8:10]
+        self.redirected_bytes = fields[10:12]
+        self.kernel_messages = fields[12:14]
+        self.kernel_bytes = fields[14:16]
+        self.joined, self.leaving, self.waived = fields[19:22]
+        self.wants_out = tuple(_name(number) for number in fields[24:26])
+        self.blocked = tuple(_name(number) for number in fields[26:28])
+        self.path = tuple(COUNTERS[number] for number in fields[28:30])
+        self.endpoints = _endpoint(*fields[31:37]), _endpoint(*fields[37:43])
+
+
+def _name(number: int) -> str:
+    return COUNTERS[number] if number else ""
+
+
+def _endpoint(
+    local: bytes, remote: bytes, local_port: int, remote_port: int, family: int, _: int
+) -> tuple[bytes, int, bytes, int]:
+    size = 4 if family == _AF_INET else 16
+    return local[:size], local_port, remote[:size], remote_port
+
+
 def _pods(place: Place) -> Map:
     return Map.pinned(f"{place.layout_dir}/pods", _COOKIE.size, _POD.size)
-
-
-def _settings(place: Place) -> Map:
-    return Map.pinned(f"{place.layout_dir}/settings", 4, _SETTINGS.size)
 
 
 def _counters(place: Place) -> Map:
@@ -135,48 +208,17 @@ def connections(place: Place) -> dict[int, int]:
     result: dict[int, int] = {GONE: 0}
     with _connections(place) as table:
         for _, value in table.items():  # noqa: PERF102 - no dictionary
-            fields = _CONNECTION.unpack(value)
-            if fields[16] == 0b11:  # joined: both sides
+            if _JOINED.unpack_from(value, _JOINED_AT)[0] == BOTH:
                 result[GONE] += 1
-                for cookie in {fields[2], fields[3]}:
+                for cookie in set(_NETNS.unpack_from(value, _NETNS_AT)):
                     result[cookie] = result.get(cookie, 0) + 1
     return result
 
 
-def _change(place: Place, field: int, value: int) -> None:
-    with _settings(place) as settings:
-        fields = list(_SETTINGS.unpack(settings.lookup(bytes(4)) or bytes(_SETTINGS.size)))
-        fields[field] = value
-        settings.update(bytes(4), _SETTINGS.pack(*fields))
-
-
-def set_paused(place: Place, paused: bool) -> None:
-    """Pause or resume: paused, no socket joins and every message takes the kernel path."""
-    _change(place, 0, int(paused))
-
-
-def set_revalidate(place: Place, milliseconds: int) -> None:
-    """Longest time that a direction of a connection stays off the kernel path while it sends.
-
-    Args:
-        milliseconds: 0 for ever.
-    """
-    _change(place, 1, milliseconds)
-
-
-def is_paused(place: Place) -> bool:
-    """True if the lane is paused."""
-    with _settings(place) as settings:
-        value = settings.lookup(bytes(4))
-    return value is not None and _SETTINGS.unpack(value)[0] != 0
-
-
-def sockets_left(directory: str) -> int:
-    """Number of sockets in the sockhash pinned under ``directory``; 0 if there is none."""
-    try:
-        with Map.pinned(f"{directory}/sockets", _SEQUENCES.size, 4) as sockets:
-            return sum(1 for _ in sockets.keys())  # noqa: SIM118 - no dictionary
-    except BpfError as error:
-        if error.errno == ENOENT:
-            return 0
-        raise
+def paired(place: Place) -> Iterator[Connection]:
+    """Every live paired connection, as it is at this moment."""
+    with _connections(place) as table:
+        for key, value in table.items():
+            connection = Connection(_SEQUENCES.unpack(key), _CONNECTION.unpack(value))
+            if connection.joined == BOTH:
+                yield connection

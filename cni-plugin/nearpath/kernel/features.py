@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 Version = tuple[int, int, int]
 
+# First release of each longterm series with "mptcp: Fix proto fallback detection with BPF"
+# (c77b3b79a92e, December 2025), at the latest.
+_MPTCP_FIXED: dict[tuple[int, int], int] = {
+    (5, 10): 247,
+    (5, 15): 197,
+    (6, 1): 159,
+    (6, 6): 119,
+    (6, 12): 61,
+    (6, 17): 11,
+}
+
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 
@@ -63,6 +74,16 @@ def version() -> Version | None:
     """Upstream version of the running kernel; see upstream_version."""
     kernel = os.uname()
     return upstream_version(kernel.release, kernel.version, _read("/proc/version_signature"))
+
+
+def mptcp_children_are_safe(version: Version | None) -> bool:
+    """True if accept(2) on MPTCP listeners survives sockets in a sockmap."""
+    if version is None:
+        return False
+    if version >= (6, 18, 0):
+        return True
+    fixed = _MPTCP_FIXED.get(version[:2])
+    return fixed is not None and version[2] >= fixed
 
 
 def has_btf() -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nearpath import VERSION, state
-from nearpath.datapath import loader
+from nearpath.datapath import loader, unloader
 from nearpath.errors import NearpathError
 from nearpath.kernel import features, mounts, throwaway
 from nearpath.lanes import socket as lane
@@ -221,7 +221,7 @@ class _Before:
         if self._loaded or any(True for _ in state.records(self._place)):
             return
         if os.path.isdir(self._place.layout_dir):
-            loader.retire(self._place)
+            unloader.retire(self._place)
         if not self._mounted and not os.path.exists(self._place.pin_dir):
             with suppress(OSError):
                 throwaway.unmount_bpffs_if_empty()

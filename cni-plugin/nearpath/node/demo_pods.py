@@ -92,8 +92,14 @@ def conflist(bridge: str, subnet: str, data_dir: str) -> dict[str, Any]:
                 "ipMasq": False,
                 "ipam": {"type": "host-local", "subnet": subnet, "dataDir": data_dir},
             },
-            # A demo without the lane would show nothing, so here a failure is an error.
-            {"type": "nearpath", "required": True, "timeoutSeconds": 20},
+            # A demo without the lane would show nothing, so here a failure is an error, and
+            # guards against calls that the demo's own programs do not make are a luxury.
+            {
+                "type": "nearpath",
+                "required": True,
+                "guards": "preferred",
+                "timeoutSeconds": 20,
+            },
         ],
     }
 

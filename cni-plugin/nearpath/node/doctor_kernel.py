@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nearpath.errors import NearpathError
+from nearpath.kernel import features
 from nearpath.kernel.mounts import BPFFS
 from nearpath.node.finding import FAIL, OK, WARN, Finding
 
@@ -34,16 +35,6 @@ HELPERS = {
         "probe_read_kernel",
         "ktime_get_ns",
     ),
-}
-# First release of each longterm series with "mptcp: Fix proto fallback detection with BPF"
-# (c77b3b79a92e, December 2025), at the latest.
-MPTCP_FIXED: dict[tuple[int, int], int] = {
-    (5, 10): 247,
-    (5, 15): 197,
-    (6, 1): 159,
-    (6, 6): 119,
-    (6, 12): 61,
-    (6, 17): 11,
 }
 EVERYTHING = "the socket lane: TCP stays on the kernel path"
 
@@ -163,16 +154,6 @@ def check_fentry(missing: Sequence[str]) -> Finding:
     )
 
 
-def mptcp_is_safe(version: Version | None) -> bool:
-    """True if accept(2) on MPTCP listeners survives sockets in a sockmap."""
-    if version is None:
-        return False
-    if version >= (6, 18, 0):
-        return True
-    fixed = MPTCP_FIXED.get(version[:2])
-    return fixed is not None and version[2] >= fixed
-
-
 def check_mptcp(version: Version | None, enabled: str) -> Finding:
     """Kernels before December 2025 crash on accept(2) if a sockmap has an MPTCP child.
 
@@ -181,7 +162,7 @@ def check_mptcp(version: Version | None, enabled: str) -> Finding:
     """
     if enabled in {"", "0"}:
         return Finding("mptcp", OK, "off in the host's network namespace")
-    if mptcp_is_safe(version):
+    if features.mptcp_children_are_safe(version):
         return Finding(
             "mptcp", OK, "on; MPTCP listeners (Go 1.24 and newer: all) stay on the kernel path"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nearpath import state
+from nearpath.datapath import loader
 from nearpath.lanes import socket
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ def recorded(place: Place) -> int:
         How many were unknown.
     """
     count = 0
+    guarded = loader.is_guarded(place)
     for record in state.records(place):
         cookie = state.cookie_of(record)
-        if cookie and state.wants_lane(record) and not socket.is_registered(place, cookie):
+        wanted = state.wants_lane(record) and (guarded or state.may_go_unguarded(record))
+        if cookie and wanted and not socket.is_registered(place, cookie):
             socket.register(place, cookie)
             count += 1
     return count

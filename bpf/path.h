@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* The switch: every message of a socket in the lane chooses its path. */
+#ifndef NEARPATH_PATH_H
+#define NEARPATH_PATH_H
+
+#include "kernel_socket.h"
+#include "maps.h"
+
+#define NS_PER_MS (1000 * 1000ull)
+#define NS_PER_US 1000ull
+
+/*
+ * Is this message one too many of a stream? More than stream_messages one way, none back,
+ * each within stream_gap_us of the one before, and of a size with which the kernel path
+ * carries streams faster: TCP gathers small messages into fewer and larger segments (Nagle,
+ * auto-corking), while a redirect wakes the reader for each. Measured with qperf tcp_bw
+ * (kernel 6.18, veth and bridge), lane to kernel path: 0.5 at 1 byte, 0.7 at 64, 1.2 (one
+ * CPU) and 0.8 (two) at 256, 1.8 and more from 1 KiB, hence the defaults; `nearpath
+ * calibrate` measures the node. Slower one-way messages stay: they gain from the shorter way
+ * and have nothing to be gathered with.
+ */
+static __always_inline bool streaming(struct connection *connection, __u32 side, __u32 size,
+				      __u64 now, const struct settings *s)
+{
+	bool goes_on = (size < s->stream_from || size >= s->stream_to) &&
+		       connection->streak_side == side &&
+		       now - connection->sent_at < s->stream_gap_us * NS_PER_US;
+
+	connection->streak = goes_on ? connection->streak + 1 : 0;
+	connection->streak_side = side;
+	connection->sent_at = now;
+	return s->stream_messages && connection->streak > s->stream_messages;
+}
+
+/*
+ * Reading of redirected data that nobody has read yet has limits. A redirect has no flow
+ * control. Up to a share of the buffer; beyond, TCP's own window takes over while it is still
+ * open: were the buffer full, TCP's segments would be dropped and the sender would wait for
+ * its retransmission timer, for reading redirected bytes sends no window update. And
+ * sk_rmem_alloc counts bytes, but every message takes another 1 KiB (struct sk_msg).
+ */
+static __always_inline bool receiver_behind(struct connection *connection, __u32 side,
+					    struct sock *receiver, __u32 size,
+					    const struct settings *s)
+{
+	__u64 unread = BPF_CORE_READ(receiver, sk_backlog.rmem_alloc.counter);
+	__u64 limit = BPF_CORE_READ(receiver, sk_rcvbuf);
+
+	if (s->receiver_percent && unread + size > limit * s->receiver_percent / 100)
+		return true;
+	if (!unread) {
+		connection->empty_at[side] = connection->redirected_messages[side];
+		return false;
+	}
+	return s->unread_messages &&
+	       connection->redirected_messages[side] - connection->empty_at[side] >=
+		       s->unread_messages;
+}
+
+/*
+ * The path of one message: C_REDIRECTED_MESSAGES, or the reason for the kernel path.
+ *
+ * The order matters. Redirect → kernel is always in order, for tcp_bpf_recvmsg reads the
+ * redirected queue first; kernel → redirect only when nothing sent by TCP is unread.
+ */
+static __always_inline enum counter choose_path(struct connection *connection, __u32 side,
+						struct tcp_sock *tp, __u32 size)
+{
+	__u32 peer = !side;
+	struct tcp_sock *receiver = (struct tcp_sock *)connection->sk[peer];
+	struct settings *s = settings_now();
+	__u64 now = bpf_ktime_get_ns();
+
+	if (!s || s->paused)
+		return C_PAUSED;
+	if (!s->redirect)
+		return C_REDIRECT_OFF;
+	if (!(connection->joined & 1 << peer))
+		return C_PEER_NOT_JOINED;
+	if (streaming(connection, side, size, now, s) && !connection->wants_out[side])
+		connection->wants_out[side] = C_STREAMING;
+	/* The kernel never completes a MSG_ZEROCOPY of a socket in a sockmap. */
+	if (tp->inet_conn.icsk_inet.sk.__sk_common.skc_flags &
+	    1ul << bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY))
+		connection->wants_out[side] = C_ZEROCOPY;
+	if (connection->wants_out[side])
+		return connection->wants_out[side];
+	/*
+	 * Kernel TLS that was switched on since: we see what will be encrypted, and the reader
+	 * would get it in the clear.
+	 */
+	if (tp->inet_conn.icsk_ulp_ops || has_ulp(receiver))
+		return C_ULP_SET;
+	if (s->guards && connection->blocked[side])
+		return connection->blocked[side];
+	/*
+	 * The guards see how the reader reads before anything is redirected to it. Not only its
+	 * first call: proxies read a header with recv and then splice the rest.
+	 */
+	if (connection->kernel_messages[side] < s->probation && !(connection->waived & 1 << peer))
+		return C_PROBATION;
+	/*
+	 * Policy, conntrack and counters see a message of each direction now and then. If
+	 * policy drops it, the receiver is never drained again and the rest follows it.
+	 */
+	if (s->revalidate_ms && now - connection->kernel_at[side] > s->revalidate_ms * NS_PER_MS)
+		return C_REVALIDATE;
+	/*
+	 * The receiver may be gone and its memory another socket's: then the numbers do not
+	 * match, or the map sockets does not have it. Redirected bytes move neither number.
+	 */
+	if (s->drained && BPF_CORE_READ(receiver, copied_seq) != tp->write_seq)
+		return C_NOT_DRAINED;
+	/* SO_RCVLOWAT: a redirect wakes the reader whatever it asked for. */
+	if (BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_rcvlowat) > 1)
+		return C_LOW_WATER;
+	if (receiver_behind(connection, side, &receiver->inet_conn.icsk_inet.sk, size, s))
+		return C_RECEIVER_BEHIND;
+	/*
+	 * Last, and in this order: our mark, a full barrier (that of the atomic), their bit.
+	 * See redirect_in_flight().
+	 */
+	connection->redirected_at[side] = now;
+	if (__sync_fetch_and_add(&connection->leaving, 0) & 1 << peer)
+		return C_PEER_LEFT;
+	return C_REDIRECTED_MESSAGES;
+}
+
+/* Keep the books of one message; called under this side's socket lock only. */
+static __always_inline void count_message(struct connection *connection, __u64 netns, __u32 side,
+					  enum counter path, __u32 size)
+{
+	struct counters *c = bpf_map_lookup_elem(&counters, &netns);
+
+	connection->path[side] = path;
+	if (path == C_REDIRECTED_MESSAGES) {
+		connection->redirected_messages[side]++;
+		connection->redirected_bytes[side] += size;
+	} else {
+		connection->kernel_at[side] = bpf_ktime_get_ns();
+		connection->kernel_messages[side]++;
+		connection->kernel_bytes[side] += size;
+	}
+	if (!c)
+		return;
+	if (path == C_REDIRECTED_MESSAGES) {
+		c->value[C_REDIRECTED_MESSAGES]++;
+		c->value[C_REDIRECTED_BYTES] += size;
+	} else {
+		c->value[C_KERNEL_MESSAGES]++;
+		c->value[C_KERNEL_BYTES] += size;
+		if (path < COUNTERS)
+			c->value[path]++;
+	}
+}
+
+#endif
