@@ -81,8 +81,13 @@ int nearpath_splice(__u64 *ctx) /* (sock, ppos, pipe, len, flags) */
 SEC("fentry/tcp_bpf_recvmsg")
 int nearpath_receive(__u64 *ctx)
 {
-	/* (sk, msg, len, flags, addr_len); before 5.19 (ec095263a965) nonblock before flags. */
-	__u32 flags = LINUX_KERNEL_VERSION >= VERSION(5, 19) ? ctx[3] : ctx[4];
+	/*
+	 * (sk, msg, len, flags, addr_len); before 5.19 (ec095263a965) nonblock before flags.
+	 * Volatile, or clang computes an address in the context, which the verifier refuses.
+	 */
+	__u32 fourth = *(const volatile __u64 *)&ctx[3];
+	__u32 fifth = *(const volatile __u64 *)&ctx[4];
+	__u32 flags = LINUX_KERNEL_VERSION >= VERSION(5, 19) ? fourth : fifth;
 
 	if (flags & (MSG_WAITALL | MSG_TRUNC | MSG_OOB))
 		mark_unfit((struct sock *)ctx[0], C_SEEN_FLAGS);

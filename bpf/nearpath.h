@@ -39,7 +39,7 @@ struct socket_facts {
 	struct sequences connection;
 	__u64 netns; /* cookie of the socket's network namespace */
 	__u32 side;
-	__u32 unused;
+	__u32 callbacks; /* bpf_sock_ops_cb_flags of the socket before it joined */
 };
 
 /* One side's view of its connection; network byte order but for the ports. */

@@ -194,6 +194,7 @@ static __always_inline enum counter join(struct bpf_sock_ops *ctx, struct sequen
 	struct bpf_sock *sk = ctx->sk;
 	long error;
 
+	facts_of_socket->callbacks = ctx->bpf_sock_ops_cb_flags;
 	if (!sk || !bpf_sk_storage_get(&facts, sk, facts_of_socket, BPF_SK_STORAGE_GET_F_CREATE))
 		return C_JOIN_FAILED;
 	error = bpf_sock_hash_update(ctx, &sockets, own, BPF_NOEXIST);
@@ -376,6 +377,10 @@ static __always_inline void acknowledged(struct bpf_sock_ops *ctx)
 	why = connection->wants_out[own->side & 1];
 	if (!why || leave(ctx, connection, own) != OUT)
 		return;
+	/* Native from now on, which would be in vain with a callback for every acknowledgement. */
+	if (!(own->callbacks & BPF_SOCK_OPS_RTT_CB_FLAG))
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
 	if (why == C_STREAMING)
 		count(own->netns, C_LEFT_STREAMING, 1);
 	else

@@ -8,6 +8,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,7 @@ from .conftest import TIMEOUT
 if TYPE_CHECKING:
     from .conftest import Lab
 
-SO_ZEROCOPY = 60  # linux/socket.h; the socket module has no name for it
+SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000  # linux/socket.h; not in the socket module
 
 
 def _ask(client: socket.socket, server: socket.socket, count: int) -> None:
@@ -140,13 +141,19 @@ def test_senders_with_zero_copy_leave(lab: Lab, early: bool) -> None:
         assert connection.leaving == 0b10
 
 
+def _in_recv(thread: threading.Thread) -> bool:
+    """True if a thread sleeps in recvfrom(2), whose number is 45 (x86-64) or 207 (arm64)."""
+    now = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text(encoding="ascii")
+    return now.split()[0] in {"45", "207"}
+
+
 def test_a_reader_asleep_beside_a_writer_leaves(lab: Lab) -> None:
     """Two threads on a blocking socket: no EAGAIN where the kernel path has none.
 
     tcp_bpf_recvmsg waits only once, and a writer that is woken for there is room again wakes
     the reader too. Seen at the first message by the kernel path, out with its acknowledgement.
     """
-    settings.write(lab.place, probation=1)
+    settings.write(lab.place, probation=3)
     client, server = lab.pair()
     client.setblocking(True)
     server.setblocking(True)
@@ -170,7 +177,8 @@ def test_a_reader_asleep_beside_a_writer_leaves(lab: Lab) -> None:
     with client, server:
         reader = threading.Thread(target=read)
         reader.start()
-        for _ in range(3):  # questions and answers while the reader sleeps
+        for _ in range(3):
+            wait_until(lambda: _in_recv(reader), "the reader to sleep")
             client.sendall(b"question")
             drain(8)
             server.sendall(b"answer ")
@@ -233,3 +241,36 @@ def test_settings_refuse_nonsense(lab: Lab) -> None:
         with pytest.raises(ValueError, match="setting"):
             settings.write(lab.place, **changes)
     assert settings.read(lab.place) == before
+
+
+def _completed(client: socket.socket, server: socket.socket, size: int = 4096) -> bool:
+    """Send one message with MSG_ZEROCOPY; did the kernel say that it is done with the pages?"""
+    client.send(b"z" * size, MSG_ZEROCOPY)
+    left = size
+    while left:
+        left -= len(server.recv(left))
+    poll = select.poll()
+    poll.register(client, 0)  # POLLERR is always reported
+    return bool(poll.poll(300)) and bool(client.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1])
+
+
+def test_zero_copy_completes_once_the_sender_has_left(lab: Lab) -> None:
+    """On every kernel, for it is native then; before that only from 6.5 on."""
+    client, server = lab.pair()
+    with client, server:
+        _ask(client, server, 5)
+        client.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+        client.sendall(b"by the kernel path")
+        assert server.recv(100) == b"by the kernel path"
+        wait_until(lambda: lab.reason("left_zerocopy") == 1, "the socket to leave")
+        assert _completed(client, server)
+
+
+@pytest.mark.needs_kernel("6.5", "completions of MSG_ZEROCOPY for sockets in a sockmap")
+def test_zero_copy_completes_at_once(lab: Lab) -> None:
+    """Also the first message of a socket that is still in the map."""
+    client, server = lab.pair()
+    with client, server:
+        _ask(client, server, 5)
+        client.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+        assert _completed(client, server)
