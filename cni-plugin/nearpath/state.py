@@ -253,6 +253,20 @@ def may_go_unguarded(record: dict[str, Any]) -> bool:
     return isinstance(found, dict) and found.get("unguarded") is True
 
 
+def lane_cookies(place: Place, guarded: bool) -> list[int]:
+    """Namespace cookies of the recorded pods that the socket lane is to serve.
+
+    A pod, one of whose attachments requires guards, is not among them without guards: a
+    socket belongs to the pod, not to one of its interfaces.
+    """
+    wanted: dict[int, bool] = {}
+    for record in records(place):
+        cookie = cookie_of(record)
+        if cookie and wants_lane(record):
+            wanted[cookie] = wanted.get(cookie, True) and (guarded or may_go_unguarded(record))
+    return [cookie for cookie, served in wanted.items() if served]
+
+
 def cookie_of(record: dict[str, Any] | None) -> int:
     """Network namespace cookie of a record; 0 if it holds none."""
     cookie = record.get("netns_cookie") if record else 0

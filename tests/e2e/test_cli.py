@@ -168,7 +168,101 @@ def test_doctor_of_a_well_kept_node(node: Node) -> None:
     shown = json.loads(node.cli(*words, check=False).stdout)
     # Another user of sock_ops on the machine that runs the tests is not this test's matter.
     bad = {check["name"] for check in shown["checks"] if check["state"] != "ok"}
-    assert bad <= {"other-sock-ops", "other-accelerators", "mptcp"}, shown
+    # Nor is a kernel that refuses the guards; that it is said is test_guards_are_told.
+    assert bad <= {"other-sock-ops", "other-accelerators", "mptcp", "guards"}, shown
+
+
+def test_guards_are_told(node: Node, pod: str) -> None:
+    """status and doctor agree on whether they are attached, and why not."""
+    assert pod
+    guards = node.status()["guards"]
+    checks = json.loads(node.cli("doctor", "--json", check=False).stdout)["checks"]
+    found = next(check for check in checks if check["name"] == "guards")
+    if guards["attached"]:
+        assert (found["state"], guards["because"]) == ("ok", "")
+    else:
+        assert found["state"] == "warn"
+        assert guards["because"]
+        assert "annotation" in found["lost"]
+    # Our pod says "guards": "preferred"; one that does not has to do without the lane.
+    strict = config(guards="required")
+    with namespace() as path, veth(path, "10.9.1.2/24"):
+        assert node.plugin("ADD", strict, container_id="strict", netns=path).returncode == 0
+        expected = ON if guards["attached"] else ("off", "no-guards")
+        assert node.lanes() == {"pod": ON, "strict": expected}
+        node.cli("load")
+        assert node.lanes() == {"pod": ON, "strict": expected}
+        node.plugin("DEL", strict, container_id="strict", netns=path)
+
+
+def test_connections(node: Node, pod: str) -> None:
+    """A connection inside the pod, as people and as programs see it, until it is closed."""
+    with kernel_netns.entered(pod):
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname(), timeout=10)
+    server, _ = listener.accept()
+    server.settimeout(10)
+    with listener, client, server:
+        for _ in range(20):
+            client.sendall(b"ping")
+            assert server.recv(10) == b"ping"
+            server.sendall(b"pong")
+            assert client.recv(10) == b"pong"
+        (shown,) = json.loads(node.cli("connections", "--json", "--pod", "shop/cart").stdout)
+        port = client.getsockname()[1]
+        assert shown["client"]["local"] == {"ip": "127.0.0.1", "port": port}
+        assert {shown[side]["name"] for side in shown} == {"cart"}
+        assert shown["client"]["path"] == "lane"
+        table = node.cli("connections").stdout
+        assert f"127.0.0.1:{port}" in table
+        assert "shop/cart" in table
+        assert "\x1b" not in table
+    assert "none is paired" in node.cli("connections").stdout
+    missing = node.cli("connections", "--pod", "shop/nobody", check=False)
+    assert missing.returncode == 1
+
+
+def test_pause_and_resume(node: Node, pod: str) -> None:
+    """Every pod at once, with nothing unloaded; settings are live."""
+    assert pod
+    assert node.cli("pause").stdout.startswith("paused")
+    assert node.lanes() == {"pod": ("off", "paused")}
+    assert "paused" in node.cli("status").stdout
+    assert node.cli("resume").stdout == "resumed\n"
+    assert node.lanes() == {"pod": ON}
+    assert node.cli("settings", "revalidate_ms=250").stdout == "revalidate_ms: 1000 → 250\n"
+    table = json.loads(node.cli("settings", "--json").stdout)
+    assert {each["name"]: each["value"] for each in table}["revalidate_ms"] == 250
+    refused = node.cli("settings", "drained=0", check=False)
+    assert refused.returncode == 1
+    assert "--unsafe" in refused.stderr
+
+
+def test_room_for_connections(node: Node) -> None:
+    """As asked for when it is loaded; later loads keep it."""
+    maps = json.loads(node.cli("load", "--json", "--max-connections", "2000").stdout)["maps"]
+    assert (maps["connections"], maps["sockets"]) == (2000, 4000)
+    assert "of at most 2,000" in node.cli("status").stdout
+    assert "room for 2000 connections" in node.cli("load", "--max-connections", "5000").stdout
+
+
+def test_calibrate(node: Node) -> None:
+    """Measured within 20 s, stored, used at once; --reset goes back."""
+    node.cli("load")
+    done = node.cli("calibrate", "--json")
+    shown = json.loads(done.stdout)
+    assert (shown["stored"], shown["applied"]) == (True, True)
+    assert [each["size"] for each in shown["results"]][:2] == [1, 16]
+    limits = shown["thresholds"]
+    streams = node.status()["streams"]
+    assert (streams["from"], streams["to"]) == (limits["stream_from"], limits["stream_to"])
+    # 64 KiB in one piece is what the lane is best at, on any kernel and CPU.
+    assert shown["results"][-1]["worst"] > 1
+    node.cli("unload")
+    node.cli("load")
+    assert node.status()["streams"] == {**streams, "source": "calibrated"}
+    assert json.loads(node.cli("calibrate", "--json", "--reset").stdout)["applied"] is True
+    assert node.status()["streams"]["source"] == "default"
 
 
 def test_not_root(node: Node) -> None:
@@ -178,7 +272,8 @@ def test_not_root(node: Node) -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         Path(directory).chmod(0o755)
         program = Path(shutil.copytree(node.program.parent, f"{directory}/nearpath"), "nearpath")
-        for command in ("status", "pods", "doctor", "load", "unload", "demo"):
+        commands = ["status", "pods", "connections", "doctor", "load", "unload", "demo"]
+        for command in (*commands, "settings", "pause", "resume", "calibrate"):
             done = run([*ordinary, program, command], check=False, env=node.environ)
             assert done.returncode == 1
             assert done.stderr.startswith("nearpath: needs root")

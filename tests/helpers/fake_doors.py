@@ -27,6 +27,7 @@ class FakeDoors(Doors):
         namespaces: path to cookie; any other path does not exist.
         loaded: the datapath is loaded.
         guarded: its guards are attached.
+        room: what each prepare() was told of connections.
         pods: registered cookies.
         broken: method name to what to do instead of it (raise, sleep).
         calls: names of the methods called, in order.
@@ -38,6 +39,7 @@ class FakeDoors(Doors):
         self.namespaces = {"/run/netns/a": 1001} if namespaces is None else namespaces
         self.loaded = loaded
         self.guarded = True
+        self.room: list[int] = []
         self.pods: set[int] = set()
         self.broken: dict[str, Callable[[], object]] = {}
         self.calls: list[str] = []
@@ -87,6 +89,7 @@ class FakeDoors(Doors):
 
     def prepare(self, place: Place, most_connections: int = 0) -> bool:
         self._enter("prepare", place)
+        self.room.append(most_connections)
         before, self.loaded = self.loaded, True
         return not before
 

@@ -59,7 +59,7 @@ def test_add(plugin: Plugin) -> None:
         "ips": ["10.1.2.3/24"],
         "host_ifindex": 7,
         "host_ifname": "veth7",
-        "lanes": {"socket": {"state": "on", "reason": ""}},
+        "lanes": {"socket": {"state": "on", "reason": "", "unguarded": False}},
     }
     assert plugin.failures() == {}
     assert "ADD c1/eth0 shop/cart: socket lane on" in plugin.log()
@@ -159,6 +159,92 @@ def test_pods_that_are_off(plugin: Plugin, keys: dict[str, object], reason: str)
     assert plugin.ok("ADD", required=True, **keys) == RESULT
 
 
+ASKS = {"runtimeConfig": {"io.kubernetes.cri.pod-annotations": {"nearpath.io/socket-lane": "on"}}}
+
+
+def test_guards_are_required(plugin: Plugin) -> None:
+    """Without guards a pod that did not ask for the lane stays off; that is no failure."""
+    plugin.doors.guarded = False
+    for keys in ({}, {"guards": "required"}, {"guards": "required", "required": True}):
+        assert plugin.ok("ADD", **keys) == RESULT
+        assert plugin.lane() == ("off", "no-guards")
+        assert plugin.doors.pods == set()
+        assert plugin.failures() == {}
+    assert "socket lane off no-guards" in plugin.log()
+    # A later load, with guards or without, leaves it so; so does CHECK.
+    assert state.lane_cookies(plugin.place, guarded=False) == []
+    assert plugin.ok("CHECK", required=True) is None
+    assert plugin.doors.pods == set()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"guards": "preferred"}, ASKS, {**ASKS, "guards": "required", "socketLane": "off"}]
+)
+def test_without_guards_if_wanted(plugin: Plugin, keys: dict[str, object]) -> None:
+    """The conflist or the pod's own annotation accepts the lane as it is."""
+    plugin.doors.guarded = False
+    assert plugin.ok("ADD", **keys) == RESULT
+    assert plugin.lane() == ("on", "")
+    assert plugin.doors.pods == {1001}
+    record = plugin.record()
+    assert record is not None
+    assert record["lanes"]["socket"]["unguarded"] is True
+    assert state.lane_cookies(plugin.place, guarded=False) == [1001]
+
+
+def test_guards_lost_between_two_adds(plugin: Plugin) -> None:
+    """A pod that was on the lane under guard is taken out by an ADD that finds none."""
+    plugin.ok("ADD")
+    plugin.doors.guarded = False
+    plugin.ok("ADD")
+    assert plugin.lane() == ("off", "no-guards")
+    assert plugin.doors.pods == set()
+
+
+def test_no_guards_takes_the_whole_pod_out(plugin: Plugin) -> None:
+    """One of a pod's networks prefers guards, another requires them: off wins."""
+    plugin.doors.guarded = False
+    plugin.ok("ADD", guards="preferred")
+    assert plugin.call("ADD", plugin.config(name="second"), CNI_IFNAME="net1")[0] == 0
+    assert plugin.doors.pods == set()
+    assert plugin.lane() == ("off", "other-attachment")
+    assert plugin.lane(ifname="net1") == ("off", "no-guards")
+    # Also in the other order.
+    third = plugin.config(name="third", guards="preferred")
+    assert plugin.call("ADD", third, CNI_IFNAME="net2")[0] == 0
+    assert plugin.lane(ifname="net2") == ("off", "other-attachment")
+    assert plugin.doors.pods == set()
+
+
+def test_a_load_without_guards_heeds_all_attachments(plugin: Plugin) -> None:
+    """Recorded under guard, loaded without: a pod is served if all its attachments accept."""
+    plugin.ok("ADD", guards="preferred")
+    assert state.lane_cookies(plugin.place, guarded=False) == [1001]
+    plugin.call("ADD", plugin.config(name="second"), CNI_IFNAME="net1")
+    assert plugin.lane(ifname="net1") == ("on", "")
+    assert state.lane_cookies(plugin.place, guarded=True) == [1001]
+    assert state.lane_cookies(plugin.place, guarded=False) == []
+
+
+def test_a_failed_add_keeps_what_was_said_of_guards(plugin: Plugin) -> None:
+    """So that the load which mends it may register a pod that does without."""
+    error = Unavailable("unloaded-by-operator", "unloaded by an operator", "nearpath load")
+    plugin.doors.break_with("prepare", error)
+    plugin.ok("ADD", guards="preferred")
+    assert plugin.lane() == ("off", "unloaded-by-operator")
+    assert state.lane_cookies(plugin.place, guarded=False) == [1001]
+    plugin.ok("ADD")
+    assert state.lane_cookies(plugin.place, guarded=False) == []
+    assert state.lane_cookies(plugin.place, guarded=True) == [1001]
+
+
+def test_room_for_connections(plugin: Plugin) -> None:
+    """maxConnections reaches the load; without it the node's memory decides."""
+    plugin.ok("ADD")
+    plugin.ok("ADD", maxConnections=4096)
+    assert plugin.doors.room == [0, 4096]
+
+
 def test_switched_off_between_two_adds(plugin: Plugin) -> None:
     """An ADD that finds the pod registered and switches it off unregisters it."""
     plugin.ok("ADD")
@@ -217,6 +303,8 @@ def test_malformed_requests_touch_nothing(plugin: Plugin) -> None:
         {"prevResult": None},
         {"prevResult": {"ips": 1}},
         {"timeoutSeconds": -1, "required": False},
+        {"guards": "optional"},
+        {"maxConnections": 1023},
     ):
         assert plugin.error("ADD", **keys)["code"] == 7
     assert plugin.doors.calls == []

@@ -15,12 +15,26 @@ from nearpath import VERSION, state
 from nearpath.cli import main as command_line
 from nearpath.cli import output, show
 from nearpath.cli.main import main
+from nearpath.datapath import calibration, settings
 from nearpath.errors import NearpathError
 from nearpath.node import status
 from nearpath.node.interrupt import Interrupted
 from nearpath.place import LAYOUT, Place
 
-COMMANDS = ("version", "status", "pods", "doctor", "load", "unload", "demo")
+COMMANDS = (
+    "version",
+    "status",
+    "pods",
+    "connections",
+    "doctor",
+    "load",
+    "unload",
+    "settings",
+    "pause",
+    "resume",
+    "calibrate",
+    "demo",
+)
 COUNTERS = {
     "connections": 1,
     "redirected_messages": 10,
@@ -29,6 +43,9 @@ COUNTERS = {
     "kernel_bytes": 64,
     "reasons": {"joined": 2},
 }
+
+
+MAPS = {"half_open": 4096, "sockets": 8192, "connections": 4096}
 
 
 @pytest.fixture
@@ -51,6 +68,8 @@ def datapath(monkeypatch: pytest.MonkeyPatch, place: Place, **changes: object) -
         "cgroup": "/sys/fs/cgroup",
         "pins": place.layout_dir,
         "paused": False,
+        "guards": True,
+        "no_guards_because": "",
         "draining": 0,
         **changes,
     }
@@ -61,7 +80,10 @@ def datapath(monkeypatch: pytest.MonkeyPatch, place: Place, **changes: object) -
     monkeypatch.setattr("nearpath.datapath.loader.is_loaded", lambda _: shown["loaded"])
     monkeypatch.setattr("nearpath.lanes.socket.totals", lambda _: COUNTERS)
     monkeypatch.setattr("nearpath.lanes.socket.by_pod", lambda _: {7: COUNTERS})
-    monkeypatch.setattr("nearpath.lanes.socket.is_registered", lambda _, cookie: cookie == 7)
+    monkeypatch.setattr("nearpath.lanes.socket.registered", lambda _: {7})
+    monkeypatch.setattr("nearpath.datapath.loader.is_guarded", lambda _: shown["guards"])
+    monkeypatch.setattr("nearpath.datapath.sizes.of_pinned", lambda _: dict(MAPS))
+    monkeypatch.setattr("nearpath.datapath.settings.read", lambda _: dict(settings.DEFAULTS))
 
 
 def record(container: str, cookie: object, **changes: object) -> dict[str, Any]:
@@ -116,6 +138,16 @@ def test_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
         ["unload", "--timeout", "soon"],
         ["unload", "--timeout", "-1"],
         ["unload", "--timeout", "nan"],
+        ["load", "--max-connections", "1023"],
+        ["load", "--max-connections", "many"],
+        ["settings", "paused"],
+        ["settings", "paused=on"],
+        ["settings", "paused=-1"],
+        ["settings", "=1"],
+        ["connections", "--pod", "cart"],
+        ["connections", "--pod", "shop/"],
+        ["connections", "--limit", "0"],
+        ["calibrate", "--dry-run", "--reset"],
         ["demo", "--rounds", "0"],
         ["demo", "--seconds", "0.5"],
         ["demo", "--sizes", "1,,2"],
@@ -262,6 +294,10 @@ def test_status_json(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
         "pods_on_lane": 1,
         "lanes": {"socket": COUNTERS},
         "failures": {"no-btf": 1},
+        "guards": {"attached": True, "because": ""},
+        "maps": MAPS,
+        "streams": {"from": 512, "to": 0xFFFFFFFF, "source": "default"},
+        "calibration": None,
     }
 
 
@@ -277,9 +313,15 @@ def test_status_for_people(
     assert "10 messages, 2.0 KiB" in shown
     assert "joined             sockets joined the lane" in shown
     assert "deadline" in shown
-    datapath(monkeypatch, place, paused=True)
+    assert "guards       attached\n" in shown
+    assert "connections  1 in the socket lane now, of at most 4,096" in shown
+    assert "of messages from 512 B stay in the lane (defaults" in shown
+    because = "cannot load: Operation not permitted (libbpf: prog 'x')"
+    datapath(monkeypatch, place, paused=True, guards=False, no_guards_because=because)
     main(["status"])
-    assert "paused" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "paused" in shown
+    assert "guards       not attached: cannot load: Operation not permitted; see" in shown
     datapath(monkeypatch, place, loaded=False, draining=2)
     main(["status"])
     shown = capsys.readouterr().out
@@ -288,6 +330,27 @@ def test_status_for_people(
     Path(place.unloaded_file).write_text("")
     main(["status"])
     assert "unloaded by an operator" in capsys.readouterr().out
+
+
+def test_streams_of_a_calibrated_node(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the limits come from: calibration, an operator's hand, or neither."""
+    limits = {"stream_from": 1024, "stream_to": 8193}
+    calibration.write(place, limits, {"measured_at": "2026-01-02T03:04:05Z"})
+    main(["status"])
+    assert "512 B stay in the lane (set by `nearpath settings`)" not in capsys.readouterr().out
+    live = {**settings.DEFAULTS, **limits}
+    monkeypatch.setattr("nearpath.datapath.settings.read", lambda _: live)
+    main(["status"])
+    expected = "messages from 1024 to 8192 B stay in the lane (calibrated 2026-01-02T03:04:05Z)"
+    assert expected in capsys.readouterr().out
+    live["stream_to"] = 9000
+    main(["status"])
+    assert "to 8999 B stay in the lane (set by `nearpath settings`)" in capsys.readouterr().out
+    live["stream_from"] = live["stream_to"] = settings.ANY_SIZE
+    main(["status"])
+    assert "streams      of any message size leave the lane" in capsys.readouterr().out
 
 
 def test_pods_json(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,6 +393,24 @@ def test_state_combines_record_and_datapath(
 ) -> None:
     """What a pod chose wins, then what holds for the node, then its registration."""
     assert status.lane_state(record("c", 7, **changes), obstacle, registered) == expected
+
+
+@pytest.mark.parametrize(
+    ("unguarded", "registered", "guarded", "expected"),
+    [
+        (False, False, True, ("off", "not-registered")),
+        (False, False, False, ("off", "no-guards")),
+        (True, False, False, ("off", "not-registered")),
+        (True, True, False, ("on", "")),
+    ],
+)
+def test_a_load_without_guards_shows(
+    unguarded: bool, registered: bool, guarded: bool, expected: tuple[str, str]
+) -> None:
+    """Of a pod that ADD had put on the lane under guard."""
+    lanes = {"socket": {"state": "on", "reason": "", "unguarded": unguarded}}
+    found = status.lane_state(record("c", 7, lanes=lanes), "", registered, guarded)
+    assert found == expected
 
 
 def test_pods_of_an_unloaded_node(
@@ -394,7 +475,7 @@ def test_load_registers_what_is_recorded(
     state.save(place, record("late", 11, lanes=off("unloaded-by-operator")))
     state.save(place, record("damaged", "x"))
     seen: list[int] = []
-    monkeypatch.setattr("nearpath.datapath.loader.load", lambda _: False)
+    monkeypatch.setattr("nearpath.datapath.loader.load", lambda *_: False)
     monkeypatch.setattr("nearpath.lanes.socket.register", lambda _, cookie: seen.append(cookie))
     assert main(["load"]) == 0
     assert sorted(seen) == [9, 11]
@@ -404,6 +485,45 @@ def test_load_registers_what_is_recorded(
     ]
     assert main(["load", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["registered"] == 2
+
+
+def test_load_without_guards_registers_who_accepts_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others stay off."""
+    datapath(monkeypatch, place, guards=False)
+    for number, unguarded in enumerate((True, False, None), start=20):
+        lane = {"state": "on", "reason": ""} | (
+            {} if unguarded is None else {"unguarded": unguarded}
+        )
+        state.save(place, record(f"c{number}", number, lanes={"socket": lane}))
+    seen: list[int] = []
+    monkeypatch.setattr("nearpath.datapath.loader.load", lambda *_: False)
+    monkeypatch.setattr("nearpath.lanes.socket.register", lambda _, cookie: seen.append(cookie))
+    assert main(["load"]) == 0
+    assert seen == [20]
+
+
+def test_load_with_room(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number reaches the loader; that a loaded datapath keeps its maps is said."""
+    asked: list[int] = []
+
+    def load(_: Place, most_connections: int) -> bool:
+        asked.append(most_connections)
+        return False
+
+    assert place
+    monkeypatch.setattr("nearpath.datapath.loader.load", load)
+    assert main(["load", "--max-connections", "8000"]) == 0
+    assert "room for 4096 connections, as when it was loaded" in capsys.readouterr().out
+    assert main(["load", "--max-connections", "4096"]) == 0
+    assert main(["load", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert "as when it was loaded" not in shown
+    assert json.loads(shown[shown.index("{") :])["maps"] == MAPS
+    assert asked == [8000, 4096, 0]
 
 
 def test_unload_says_what_it_does(
@@ -418,7 +538,7 @@ def test_unload_says_what_it_does(
         return {"drained": False, "remaining": 2}
 
     datapath(monkeypatch, place, loaded=False)
-    monkeypatch.setattr("nearpath.datapath.loader.unload", unload)
+    monkeypatch.setattr("nearpath.datapath.unloader.unload", unload)
     assert main(["unload", "--timeout", "1.5"]) == 0
     assert "2 sockets are still open" in capsys.readouterr().out
     assert main(["unload", "--json"]) == 0
@@ -461,4 +581,6 @@ def test_doctor_exit_status(
 def test_every_group_is_there() -> None:
     """A module of commands that nobody adds would be dead."""
     modules = {path.stem for path in Path(command_line.__file__).parent.glob("*.py")}
-    assert modules == {"__init__", "main", "output", "show", "doctor", "switch", "demo"}
+    assert modules == {"__init__", "main", "output"} | {
+        *("show", "connections", "doctor", "switch", "settings", "calibrate", "demo")
+    }

@@ -225,6 +225,17 @@ def test_check_mends_a_failed_add(plugin: Plugin) -> None:
     assert plugin.doors.pods
 
 
+def test_check_does_not_register_without_guards(plugin: Plugin) -> None:
+    """A pod that requires guards and lost its registration to a load without them stays off."""
+    plugin.ok("ADD")
+    plugin.doors.pods.clear()
+    plugin.doors.guarded = False
+    assert plugin.ok("CHECK") is None
+    assert plugin.doors.pods == set()
+    assert "guards" in plugin.log()
+    assert plugin.error("CHECK", required=True)["code"] == 110
+
+
 def test_check_of_a_pod_that_is_off(plugin: Plugin) -> None:
     """A pod that is off by choice passes."""
     plugin.ok("ADD", socketLane="off")

@@ -53,8 +53,11 @@ def deny() -> list[str]:
         (doctor_kernel.check_missing("helpers", ["bpf_x in sk_msg"], "all"), FAIL),
         (doctor_kernel.check_programs(""), OK),
         (doctor_kernel.check_programs("cannot load: R1 type=inv expected=ctx"), FAIL),
-        (doctor_kernel.check_fentry([]), OK),
-        (doctor_kernel.check_fentry(["tracing"]), OK),
+        (doctor_kernel.check_guards("", attached=None), OK),
+        (doctor_kernel.check_guards("", attached=True), OK),
+        (doctor_kernel.check_guards("", attached=False), WARN),
+        (doctor_kernel.check_guards("not permitted (libbpf: x)", attached=None), WARN),
+        (doctor_kernel.check_guards("not permitted", attached=False), WARN),
         (doctor_kernel.check_mptcp((6, 1, 100), "0"), OK),
         (doctor_kernel.check_mptcp((6, 1, 100), ""), OK),
         (doctor_kernel.check_mptcp((6, 1, 159), "1"), OK),
@@ -114,7 +117,7 @@ def test_upstream_version(
 )
 def test_mptcp_fix(version: Version | None, safe: bool) -> None:
     """Known series count from their point release, unknown ones are not trusted."""
-    assert doctor_kernel.mptcp_is_safe(version) is safe
+    assert features.mptcp_children_are_safe(version) is safe
 
 
 def test_verdict_is_the_worst() -> None:
@@ -254,6 +257,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def describe(monkeypatch: pytest.MonkeyPatch, place: Place, **changes: object) -> None:
     """Make the loader say this about the datapath."""
     shown: dict[str, Any] = {"loaded": True, "paused": False, "draining": 0, "pins": place.pin_dir}
+    shown.update(guards=True, no_guards_because="")
     shown.update(changes)
     monkeypatch.setattr(
         "nearpath.datapath.loader.describe",
@@ -261,7 +265,7 @@ def describe(monkeypatch: pytest.MonkeyPatch, place: Place, **changes: object) -
     )
     monkeypatch.setattr("nearpath.datapath.loader.is_loaded", lambda _: shown["loaded"])
     monkeypatch.setattr("nearpath.lanes.socket.by_pod", lambda _: {})
-    monkeypatch.setattr("nearpath.lanes.socket.is_registered", lambda _, cookie: cookie == 7)
+    monkeypatch.setattr("nearpath.lanes.socket.registered", lambda _: {7})
 
 
 def named(findings: list[Finding]) -> dict[str, Finding]:
@@ -352,4 +356,30 @@ def test_counters_have_an_explanation() -> None:
     """Every reason that the programs count is explained by `nearpath status`."""
     from nearpath.cli import show
 
-    assert set(show.REASONS) == set(tables.REASONS)
+    assert list(show.REASONS) == list(tables.REASONS)
+
+
+def test_guards_of_the_loaded_datapath(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the load has found out is the answer; nothing is tried again."""
+    monkeypatch.setattr(features, "refused_programs", lambda name: f"{name} tried")
+    assert doctor._guards(place).state == OK
+    because = "cannot load: Operation not permitted (libbpf: prog 'x': …)"
+    describe(monkeypatch, place, guards=False, no_guards_because=because)
+    finding = doctor._guards(place)
+    assert finding.found == "not attached: cannot load: Operation not permitted"
+    assert '"guards": "preferred"' in finding.remedy + finding.lost
+    assert "annotation" in finding.lost
+    describe(monkeypatch, place, loaded=False, guards=False)
+    assert doctor._guards(place).found == "not attached: guards tried"
+
+
+def test_pods_without_guards_are_no_fault(place: Place) -> None:
+    """no-guards is a choice of the configuration; the finding `guards` says what is lost."""
+    state.save(place, record("c1", 8, "off", "no-guards"))
+    assert named(doctor_node.check_place(place))["pods"].state == OK
+
+
+def test_mptcp_texts() -> None:
+    """With the fixed kernels MPTCP listeners have the lane, with others not."""
+    assert "take the lane" in doctor_kernel.check_mptcp((6, 18, 0), "1").found
+    assert "leaves alone" in doctor_kernel.check_mptcp((6, 1, 100), "1").lost

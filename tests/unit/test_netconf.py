@@ -8,6 +8,7 @@ import pytest
 
 from nearpath.cni import identity, netconf
 from nearpath.cni.protocol import CniError
+from nearpath.datapath import sizes
 
 BASE: dict[str, Any] = {"cniVersion": "1.0.0", "name": "net", "type": "nearpath"}
 POD = {"namespace": "shop", "name": "cart", "uid": "u"}
@@ -23,6 +24,7 @@ def test_defaults() -> None:
     """Without keys of ours: not required, lane on, default deadlines, nothing to warn of."""
     conf = netconf.parse(BASE)
     assert (conf.required, conf.socket_lane, conf.log_level) == (False, True, "info")
+    assert (conf.guards, conf.most_connections) == (True, 0)
     assert conf.exclude_namespaces == frozenset()
     assert (conf.deadline("ADD"), conf.deadline("DEL"), conf.deadline("GC")) == (5, 2, 2)
     assert (conf.problems, conf.warnings) == ([], [])
@@ -35,6 +37,8 @@ def test_every_key() -> None:
             **BASE,
             "required": True,
             "socketLane": "off",
+            "guards": "preferred",
+            "maxConnections": 2048,
             "excludeNamespaces": ["kube-system", "x"],
             "timeoutSeconds": 0.5,
             "logLevel": "error",
@@ -42,6 +46,7 @@ def test_every_key() -> None:
         }
     )
     assert (conf.required, conf.socket_lane, conf.log_level) == (True, False, "error")
+    assert (conf.guards, conf.most_connections) == (False, 2048)
     assert conf.exclude_namespaces == {"kube-system", "x"}
     assert conf.deadline("ADD") == conf.deadline("STATUS") == 0.5
     assert (conf.problems, conf.warnings) == ([], [])
@@ -54,6 +59,8 @@ def test_every_key() -> None:
         ("socketLane", [True, "ON", "", None, 1, ["on"], {}]),
         ("excludeNamespaces", ["kube-system", None, {}, [1], ["a", None], [["a"]]]),
         ("timeoutSeconds", ["5", True, None, 0, 0.49, 61, -1, 10**400, [5]]),
+        ("guards", [True, "Required", "", None, 1, ["required"], {}]),
+        ("maxConnections", ["4096", True, None, 0, 1023, (1 << 20) + 1, -1, 4096.0, [4096]]),
         ("logLevel", ["debug", "INFO", None, 0, ["info"]]),
     ],
 )
@@ -68,6 +75,16 @@ def test_wrong_types(key: str, values: list[object]) -> None:
         assert e.value.code == 7
         # The default holds, for commands that go on regardless.
         assert (conf.required, conf.socket_lane, conf.timeout) == (False, True, None)
+        assert (conf.guards, conf.most_connections) == (True, 0)
+
+
+def test_room_is_that_of_the_maps() -> None:
+    """The range that ADD checks without importing it."""
+    for value in (sizes.LEAST, sizes.MOST):
+        assert netconf.parse({**BASE, "maxConnections": value}).most_connections == value
+        assert sizes.of_maps(value)["connections"] == value
+    for value in (sizes.LEAST - 1, sizes.MOST + 1):
+        assert netconf.parse({**BASE, "maxConnections": value}).problems
 
 
 def test_all_problems_are_named() -> None:

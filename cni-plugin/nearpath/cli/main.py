@@ -12,7 +12,7 @@ import io
 import os
 import sys
 
-from nearpath.cli import demo, doctor, show, switch
+from nearpath.cli import calibrate, connections, demo, doctor, settings, show, switch
 from nearpath.cli.output import EXIT_FAILED, EXIT_USAGE
 from nearpath.errors import NearpathError
 from nearpath.node.interrupt import Interrupted
@@ -28,7 +28,10 @@ examples:
   nearpath doctor                is this node fit, and if not, what to do
   nearpath status                is the datapath loaded, and how much goes through it
   nearpath pods                  which pods are accelerated, and why others are not
+  nearpath connections           what is in the lane now, and by which path it goes
+  nearpath pause                 off at once, keeping everything loaded; `resume` reverses
   nearpath unload                switch it off, keeping all connections; `load` reverses
+  nearpath calibrate             measure which streams this node carries faster in the lane
   nearpath demo                  measure the gain on this node, between two throwaway pods
 
 exit status:
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for group in (show, doctor, switch, demo):
+    for group in (show, connections, doctor, switch, settings, calibrate, demo):
         group.add(commands)
     return parser
 

@@ -11,19 +11,35 @@ from nearpath.place import LAYOUT
 if TYPE_CHECKING:
     import argparse
 
+# No message is this large: a limit beyond it is none.
+_LARGE = 1 << 30
+
 # How people read the names in the counters.
 REASONS = {
     "joined": "sockets joined the lane",
-    "left_streaming": "sockets left it to stream small messages by TCP",
+    "waived": "readers that proved fit before: no probation",
+    "left_streaming": "sockets left it to stream by TCP",
+    "left_duplex": "sockets left it: a task reads while another writes",
+    "left_zerocopy": "sockets left it: they send with MSG_ZEROCOPY",
     "left": "sockets left it with their FIN",
     "stayed": "sockets stayed then: redirected data unread or on its way",
+    "seen_splice": "readers found unfit: splice(2)",
+    "seen_flags": "readers found unfit: MSG_WAITALL, MSG_TRUNC or MSG_OOB",
     "paused": "messages by kernel: paused",
+    "redirect_off": "messages by kernel: the setting redirect is off",
     "peer_not_joined": "messages by kernel: the peer is not in the lane",
-    "revalidate": "messages by kernel: once a second, so that policy and conntrack see the flow",
-    "streaming": "messages by kernel: many small ones in a row, which TCP gathers",
-    "peer_left": "messages by kernel: the peer is closing or has left the lane",
+    "streaming": "messages by kernel: a stream that TCP carries faster",
+    "duplex": "messages by kernel: a task reads while another writes",
+    "zerocopy": "messages by kernel, sockets not joined: MSG_ZEROCOPY",
+    "not_fit": "messages by kernel: the reader uses splice(2), MSG_WAITALL or the like",
+    "urgent": "messages by kernel: the sender uses urgent data (MSG_OOB)",
+    "ulp_set": "messages by kernel: kernel TLS or another ULP was switched on",
+    "low_water": "messages by kernel: the reader has set SO_RCVLOWAT",
+    "probation": "messages by kernel: the first ones, while the reader is looked at",
+    "revalidate": "messages by kernel: now and then, so that policy and conntrack see the flow",
     "not_drained": "messages by kernel: bytes sent by TCP still unread",
     "receiver_behind": "messages by kernel: the receiver is behind",
+    "peer_left": "messages by kernel: the peer is closing or has left the lane",
     "redirect_failed": "messages by kernel: redirect failed",
     "peer_elsewhere": "sockets not joined: the peer is not a pod of this node",
     "ulp": "sockets not joined: kernel TLS or another ULP",
@@ -50,7 +66,8 @@ def add(commands: output.Commands) -> None:
         commands,
         "status",
         "is it loaded, and how much goes through it",
-        "Show whether the datapath is loaded and what it has done since, and failures so far.",
+        "Show whether the datapath is loaded and with what (guards, room for connections,\n"
+        "sizes of streams that stay in the lane), what it has done since, and failures so far.",
         "examples:\n"
         "  nearpath status\n"
         "  nearpath status --json | jq .lanes.socket.redirected_bytes\n\n"
@@ -73,10 +90,13 @@ def add(commands: output.Commands) -> None:
         '  annotation            the pod has nearpath.io/socket-lane: "off"\n'
         "  config                socketLane is off in the conflist\n"
         "  excluded-namespace    its namespace is in excludeNamespaces\n"
+        "  no-guards             the kernel refuses the guards that keep readers safe, and\n"
+        "                        neither the pod nor the conflist says to go without; see\n"
+        "                        `nearpath doctor`\n"
         "  other-attachment, own-netns   not a namespace of this attachment alone\n"
         "  not-loaded            the datapath is not loaded; the next ADD or `load` does it\n"
         "  unloaded-by-operator  somebody ran `nearpath unload`\n"
-        "  paused                every message takes the kernel path\n"
+        "  paused                `nearpath pause`: every message takes the kernel path\n"
         "  not-registered        the programs do not know it; `nearpath load` repairs that\n"
         "  others                ADD failed: see the log, /run/nearpath/nearpath.log",
     )
@@ -108,18 +128,50 @@ def _datapath(shown: dict[str, Any]) -> str:
         if shown["unloaded_by_operator"]:
             return "unloaded by an operator; `nearpath load` loads it"
         return "not loaded; the first pod's ADD or `nearpath load` loads it"
-    paused = ", paused: every message takes the kernel path" if shown["paused"] else ""
+    paused = ", paused: every message takes the kernel path; `nearpath resume`"
+    paused = paused if shown["paused"] else ""
     return f"loaded (layout {shown['layout']}){paused}"
+
+
+def _guards(guards: dict[str, Any]) -> str:
+    if guards["attached"]:
+        return "attached"
+    because = output.plain(guards["because"]).partition(" (libbpf:")[0]
+    return f"not attached: {because or 'unknown'}; see `nearpath doctor`"
+
+
+def kept_streams(first: int, end: int) -> str:
+    """Which streams stay in the lane, by the settings stream_from and stream_to."""
+    if first >= end:
+        return "of any message size leave the lane"
+    if end > _LARGE:
+        return f"of messages from {first} B stay in the lane"
+    return f"of messages from {first} to {end - 1} B stay in the lane"
+
+
+def _streams(shown: dict[str, Any]) -> str:
+    """Which streams stay in the lane, and who says so."""
+    streams, stored = shown["streams"], shown["calibration"]
+    text = kept_streams(streams["from"], streams["to"])
+    if streams["source"] == "calibrated":
+        when = output.plain((stored or {}).get("measured_at", "at an unknown time"))
+        return f"{text} (calibrated {when})"
+    if streams["source"] == "default":
+        return f"{text} (defaults; `nearpath calibrate` measures this node)"
+    return f"{text} (set by `nearpath settings`)"
 
 
 def _print_status(shown: dict[str, Any]) -> None:
     lane = shown["lanes"]["socket"]
+    room = f", of at most {shown['maps']['connections']:,}" if shown["maps"] else ""
     rows = [
         ("nearpath", shown["version"]),
         ("datapath", _datapath(shown)),
         ("cgroup", shown["cgroup"] or "none"),
+        *((("guards", _guards(shown["guards"])),) if shown["loaded"] else ()),
+        *((("streams", _streams(shown)),) if shown["loaded"] else ()),
         ("pods", f"{shown['pods']}, {shown['pods_on_lane']} of them on the socket lane"),
-        ("connections", f"{lane['connections']} in the socket lane now"),
+        ("connections", f"{lane['connections']:,} in the socket lane now{room}"),
         (
             "redirected",
             f"{lane['redirected_messages']:,} messages, {size(lane['redirected_bytes'])}",

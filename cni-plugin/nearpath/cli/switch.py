@@ -18,10 +18,21 @@ def add(commands: output.Commands) -> None:
         "Load the programs, or replace those of another version, and register the pods that\n"
         "are recorded. Usually not needed: the first pod's ADD loads. It is needed after\n"
         "`nearpath unload`, and after an upgrade of nearpath.",
-        "example:\n  nearpath load\n\n"
-        "Established connections stay on the path they have; new ones take the lane.",
+        "examples:\n"
+        "  nearpath load\n"
+        "  nearpath unload && nearpath load --max-connections 100000\n\n"
+        "Established connections stay on the path they have; new ones take the lane.\n"
+        "A pause ends. Settings and room of a datapath that is loaded already stay as they are.",
     )
     output.add_json(parser)
+    parser.add_argument(
+        "--max-connections",
+        type=_room,
+        default=0,
+        metavar="N",
+        help="accelerated connections to have room for, 1024 to 1048576 (default: by memory, "
+        "one per 256 KiB)",
+    )
     parser.set_defaults(run=_load)
 
     parser = output.add_command(
@@ -59,18 +70,30 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _room(text: str) -> int:
+    """A number of connections that the maps can be made for."""
+    if not text.isdecimal() or not 1024 <= int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"not a number from 1024 to 1048576: {text!r}")
+    return int(text)
+
+
 def _load(arguments: argparse.Namespace) -> int:
-    from nearpath.datapath import loader
+    from nearpath.datapath import loader, sizes
     from nearpath.node import register
 
     place = output.root_place()
-    changed = loader.load(place)
+    wanted = arguments.max_connections
+    changed = loader.load(place, wanted)
     registered = register.recorded(place)
-    shown = {**loader.describe(place), "changed": changed, "registered": registered}
+    maps = sizes.of_pinned(place)
+    shown = {**loader.describe(place), "changed": changed, "registered": registered, "maps": maps}
     if arguments.json:
         output.print_json(shown)
         return output.EXIT_DONE
     print("loaded" if changed else "already loaded", f"at {shown['pins']}")
+    room = maps["connections"]
+    if wanted and room != wanted:
+        print(f"room for {room} connections, as when it was loaded: `nearpath unload` first")
     if registered:
         print(f"registered {registered} recorded pods that the programs did not know")
     return output.EXIT_DONE

@@ -52,6 +52,7 @@ def add(context: Context) -> bytes:
     if previous["cniVersion"] != request.version:
         conf.warnings.append("prevResult has another cniVersion, passed on as it is")
     pod = identity.parse_args(request.args, conf.warnings.append)
+    unguarded = not conf.guards or netconf.asks_for_lane(conf)
     record: dict[str, Any] = {
         "version": 1,
         "container_id": request.container_id,
@@ -64,7 +65,7 @@ def add(context: Context) -> bytes:
         "host_ifindex": None,
         "host_ifname": None,
         "created": time.time(),
-        "lanes": {"socket": {"state": "off", "reason": "internal"}},
+        "lanes": {"socket": {"state": "off", "reason": "internal", "unguarded": unguarded}},
     }
     try:
         if pod["name"]:
@@ -112,16 +113,15 @@ def _attach(context: Context, record: dict[str, Any]) -> None:
     siblings = others(context, cookie) if has_siblings(context) else []
     if enabled and not all(state.wants_lane(other) for other in siblings):
         enabled, reason = False, "other-attachment"
-    unguarded = not context.conf.guards or netconf.asks_for_lane(context.conf)
-    lane = {"state": "on" if enabled else "off", "reason": reason, "unguarded": unguarded}
-    record["lanes"]["socket"] = lane
+    lane = record["lanes"]["socket"]
+    lane.update(state="on" if enabled else "off", reason=reason)
     if before != cookie:  # before the record that knows it is replaced
         context.attempt("old registration", lambda: release(context, before))
     state.save(place, record)
     if enabled:
         if doors.prepare(place, context.conf.most_connections):
             context.log.info("datapath loaded")
-        enabled = unguarded or doors.is_guarded(place)
+        enabled = state.may_go_unguarded(record) or doors.is_guarded(place)
     if enabled:
         doors.register(place, cookie)
     elif lane["state"] == "on":
@@ -130,7 +130,7 @@ def _attach(context: Context, record: dict[str, Any]) -> None:
         state.save(place, record)
     elif before == cookie or siblings:
         _take_out(context, cookie, siblings)
-    context.log.info(f"socket lane {lane['state']} {reason}".rstrip())
+    context.log.info(f"socket lane {lane['state']} {lane['reason']}".rstrip())
 
 
 def _take_out(context: Context, cookie: int, siblings: list[dict[str, Any]]) -> None:
@@ -155,7 +155,7 @@ def _give_up(context: Context, record: dict[str, Any], failure: Failure) -> None
     if required:
         context.attempt("undo", lambda: state.remove(place, request.container_id, request.ifname))
     else:
-        record["lanes"]["socket"] = {"state": "off", "reason": failure.reason}
+        record["lanes"]["socket"].update(state="off", reason=failure.reason)
         context.attempt("record", lambda: state.save(place, record))
 
 
@@ -242,6 +242,8 @@ def _check(context: Context) -> str:
     if doors.is_loaded(place) and doors.is_registered(place, cookie):
         return ""
     doors.prepare(place)
+    if not state.may_go_unguarded(record) and not doors.is_guarded(place):
+        return "the guards that this attachment requires are not attached"
     doors.register(place, cookie)
     context.log.warning("the registration was gone and has been made again")
     return ""

@@ -11,7 +11,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from nearpath import state
-from nearpath.datapath import settings
+from nearpath.datapath import loader, settings
+from nearpath.errors import StateError
 from nearpath.kernel import features
 
 if TYPE_CHECKING:
@@ -44,6 +45,30 @@ def thresholds(place: Place) -> dict[str, int]:
     except (ValueError, TypeError):
         return {}
     return {name: int(value) for name, value in found.items()}
+
+
+def apply(place: Place, found: dict[str, int]) -> bool:
+    """Let a loaded datapath use these thresholds from the next message on.
+
+    Returns:
+        False if nothing is loaded.
+    """
+    with state.Lock(place):
+        if not loader.is_loaded(place):
+            return False
+        settings.write(place, **{name: found[name] for name in THRESHOLDS})
+        return True
+
+
+def forget(place: Place) -> bool:
+    """Remove what is stored; False if there was nothing."""
+    try:
+        os.unlink(place.calibration_file)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StateError(f"cannot remove {place.calibration_file}: {error.strerror}") from error
+    return True
 
 
 def write(place: Place, found: dict[str, int], details: dict[str, Any]) -> None:

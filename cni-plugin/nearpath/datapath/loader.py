@@ -88,6 +88,7 @@ def load(place: Place, most_connections: int = 0) -> bool:
         if is_loaded(place):
             settings.write(place, paused=0)  # a killed unload may have left it so
             unloader.retire_other_layouts(place)  # a killed load may have left them
+            unloader.sweep(place)
             return programs.replace(place)
         _load(place, most_connections)
         return True
@@ -138,10 +139,8 @@ def _register_recorded(place: Place, guarded: bool) -> None:
     """
     from nearpath.datapath import tables
 
-    for record in state.records(place):
-        cookie = state.cookie_of(record)
-        if cookie and state.wants_lane(record) and (guarded or state.may_go_unguarded(record)):
-            tables.set_pod(place, cookie, tables.POD_SOCKET_LANE)
+    for cookie in state.lane_cookies(place, guarded):
+        tables.set_pod(place, cookie, tables.POD_SOCKET_LANE)
 
 
 def describe(place: Place) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Things of the kernel made for a moment: a nameless network namespace, a bridge to remove."""
+"""Things of the kernel made for a moment: nameless network namespaces, and wires in them.
+
+Links are made by netlink and ioctl, for no tool such as ``ip`` need be installed on a node.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,17 @@ from nearpath.kernel.syscall import UNSHARE, syscall
 
 _OWN_NETNS = "/proc/self/ns/net"
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
-_SIOCBRDELBR = 0x89A1
+_SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
+_SIOCBRADDBR, _SIOCBRDELBR, _SIOCBRADDIF = 0x89A0, 0x89A1, 0x89A2
 _IFF_UP = 1
+# linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/veth.h
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
+_ANSWER = struct.Struct("=IHHIIi")  # the same, error
+_RTM_NEWLINK = 16
+_CREATE = 0x1 | 0x4 | 0x200 | 0x400  # NLM_F_REQUEST, ACK, EXCL, CREATE
+_NO_LINK = bytes(16)  # struct ifinfomsg that leaves everything open
+_IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 3, 18, 28
+_IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 
 
 def new_netns() -> int:
@@ -34,20 +46,73 @@ def new_netns() -> int:
             raise NearpathError(f"cannot make a network namespace: {error.strerror}") from error
         descriptor = os.open(_OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _set_up("lo", True)
+            set_up("lo")
         except OSError:
             os.close(descriptor)
             raise
     return descriptor
 
 
-def _set_up(ifname: str, up: bool) -> None:
+def set_up(ifname: str, up: bool = True) -> None:
     """``ip link set <ifname> up|down``."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sH22x", ifname.encode(), 0)
         (flags,) = struct.unpack_from("=H", fcntl.ioctl(control, _SIOCGIFFLAGS, request), 16)
         flags = flags | _IFF_UP if up else flags & ~_IFF_UP
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", ifname.encode(), flags))
+
+
+def _attribute(kind: int, content: bytes) -> bytes:
+    """A netlink attribute, padded to four bytes."""
+    return struct.pack("=HH", 4 + len(content), kind) + content + bytes(-len(content) % 4)
+
+
+def add_veth(ifname: str, peer: str, peer_netns: int) -> None:
+    """``ip link add <ifname> type veth peer name <peer> netns <descriptor>``.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    far = _attribute(_IFLA_IFNAME, peer.encode() + b"\0")
+    far += _attribute(_IFLA_NET_NS_FD, struct.pack("=i", peer_netns))
+    pair = _attribute(_VETH_INFO_PEER, _NO_LINK + far)
+    link = _attribute(_IFLA_INFO_KIND, b"veth") + _attribute(_IFLA_INFO_DATA, pair)
+    body = _NO_LINK + _attribute(_IFLA_IFNAME, ifname.encode() + b"\0")
+    body += _attribute(_IFLA_LINKINFO, link)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as control:
+        control.bind((0, 0))
+        control.send(_HEADER.pack(_HEADER.size + len(body), _RTM_NEWLINK, _CREATE, 1, 0) + body)
+        *_, error = _ANSWER.unpack_from(control.recv(4096))
+    if error:
+        raise OSError(-error, os.strerror(-error))
+
+
+def add_bridge(ifname: str, *ports: str) -> None:
+    """``ip link add <ifname> type bridge`` with these links as its ports, all up.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCBRADDBR, struct.pack("16s", ifname.encode()))
+        for port in ports:
+            index = socket.if_nametoindex(port)
+            fcntl.ioctl(control, _SIOCBRADDIF, struct.pack("16si20x", ifname.encode(), index))
+            set_up(port)
+    set_up(ifname)
+
+
+def set_address(ifname: str, address: str, netmask: str) -> None:
+    """``ip address add <address>/<netmask> dev <ifname>`` for IPv4, and up.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        for request, value in ((_SIOCSIFADDR, address), (_SIOCSIFNETMASK, netmask)):
+            packed = struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(value))
+            fcntl.ioctl(control, request, struct.pack("16s16s8x", ifname.encode(), packed))
+    set_up(ifname)
 
 
 def delete_bridge(ifname: str) -> None:
@@ -57,7 +122,7 @@ def delete_bridge(ifname: str) -> None:
         NearpathError: not a bridge, or the kernel refused.
     """
     try:
-        _set_up(ifname, False)
+        set_up(ifname, False)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             fcntl.ioctl(control, _SIOCBRDELBR, struct.pack("16s", ifname.encode()))
     except OSError as error:

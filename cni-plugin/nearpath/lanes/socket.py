@@ -42,6 +42,15 @@ def is_registered(place: Place, netns_cookie: int) -> bool:
     return bool((tables.get_pod(place, netns_cookie) or 0) & tables.POD_SOCKET_LANE)
 
 
+def registered(place: Place) -> set[int]:
+    """Cookies of all pods whose new connections may take the lane."""
+    if not loader.is_loaded(place):
+        return set()
+    return {
+        cookie for cookie, flags in tables.all_pods(place).items() if flags & tables.POD_SOCKET_LANE
+    }
+
+
 def _shape(counts: dict[str, int], connections: int) -> dict[str, Any]:
     result: dict[str, Any] = {"connections": connections}
     result.update((name, counts.get(name, 0)) for name in tables.MESSAGES)

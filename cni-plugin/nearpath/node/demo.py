@@ -105,6 +105,7 @@ class Outcome:
     plan: Plan
     pinning: str
     series: list[Series]
+    guards: str = "attached"
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -117,6 +118,7 @@ class Outcome:
             "path": demo_pods.PATH,
             "pinning": self.pinning,
             "runs": f"{what} of {seconds} s on each path, interleaved",
+            "guards": self.guards,
         }
 
     def report(self) -> dict[str, Any]:
@@ -263,6 +265,7 @@ def run(
         pods = stack.enter_context(demo_pods.pods(bin_dirs, interrupts))
         qperf = demo_qperf.Qperf(pods[0], pods[1], cpus, interrupts)
         stack.enter_context(qperf.serving())
+        guards = _guards(place)
         bench = _Bench(place, pods, qperf)
         series = [Series(test, size) for test in (LATENCY, BANDWIDTH) for size in plan.sizes]
         for each in series:
@@ -276,7 +279,14 @@ def run(
         pinning = f"client on CPU {cpus[0]}, server on CPU {cpus[1]}"
     else:
         pinning = f"both ends on CPU {cpus[0]}"
-    return Outcome(plan, pinning, series)
+    return Outcome(plan, pinning, series, guards)
+
+
+def _guards(place: Place) -> str:
+    """Whether they are attached, for without them the first messages need no probation."""
+    if loader.is_guarded(place):
+        return "attached"
+    return "not attached, for this kernel refuses them: see `nearpath doctor`"
 
 
 class _Bench:
@@ -316,4 +326,4 @@ def check_ready(place: Place, bin_dirs: Sequence[str]) -> None:
     if os.path.exists(place.unloaded_file):
         raise NearpathError("an operator has unloaded nearpath on this node", "nearpath load")
     if loader.is_loaded(place) and loader.describe(place)["paused"]:
-        raise NearpathError("nearpath is paused on this node", "nearpath load")
+        raise NearpathError("nearpath is paused on this node", "nearpath resume")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nearpath.datapath import loader
 from nearpath.errors import NearpathError
 from nearpath.kernel import cgroup, features, mounts
 from nearpath.node import doctor_kernel as kernel
@@ -41,10 +42,22 @@ def examine(place: Place, bin_dirs: Sequence[str], conf_dir: str) -> list[Findin
     if root:
         findings.append(kernel.check_exclusive(lambda: features.exclusive_programs(root)))
         findings.append(kernel.check_sock_ops(lambda: features.sock_ops_programs(root)))
+    findings.append(_guards(place))
     findings.append(node.check_pins(features.pins()))
     findings.extend(node.check_cni(bin_dirs, conf_dir))
     findings.extend(node.check_place(place))
     return findings
+
+
+def _guards(place: Place) -> Finding:
+    """Are the guards attached, or could they be?"""
+    try:
+        shown = loader.describe(place)
+        if not shown["loaded"]:
+            return kernel.check_guards(features.refused_programs("guards"), attached=None)
+        return kernel.check_guards(shown["no_guards_because"], attached=shown["guards"])
+    except NearpathError as error:
+        return kernel.check_guards(str(error), attached=False)
 
 
 def _bpf_findings() -> list[Finding]:
@@ -70,7 +83,6 @@ def _bpf_findings() -> list[Finding]:
                 "helpers", helpers, f"all {sum(map(len, kernel.HELPERS.values()))} that are needed"
             ),
             kernel.check_programs(features.refused_programs("socket_lane")),
-            kernel.check_fentry(features.missing_prog_types(("tracing",))),
         ]
     except NearpathError as error:
         return [Finding("programs", FAIL, error.message, kernel.EVERYTHING, error.remedy)]

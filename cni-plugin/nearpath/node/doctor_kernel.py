@@ -143,36 +143,57 @@ def check_programs(refused: str) -> Finding:
     )
 
 
-def check_fentry(missing: Sequence[str]) -> Finding:
-    """Guards that spot readers which sockmap breaks will need fentry."""
-    if not missing:
-        return Finding("fentry", OK, "possible (this version does not need it)")
+def check_guards(refused: str, attached: bool | None) -> Finding:
+    """Guards spot readers that sockmap breaks (splice and the like), by fentry programs.
+
+    Args:
+        refused: why the kernel refuses them; empty if it does not.
+        attached: those of the loaded datapath are; None: nothing is loaded.
+    """
+    name = "guards"
+    if attached:
+        return Finding(name, OK, "attached")
+    if not refused and attached is None:
+        return Finding(name, OK, "possible; they are attached when the datapath is loaded")
+    # The rest is libbpf's log, which is in `nearpath status --json`.
+    why = refused.partition(" (libbpf:")[0] or "attached by no load yet"
     return Finding(
-        "fentry",
-        OK,
-        "not possible here (this version does not need it; guards in later versions will)",
+        name,
+        WARN,
+        f"not attached: {why}",
+        'the lane for pods without the annotation nearpath.io/socket-lane: "on", where the '
+        'conflist does not say "guards": "preferred"',
+        "a kernel with BTF that allows fentry (CONFIG_FUNCTION_TRACER, no lockdown), then "
+        "`nearpath unload` and `load`; or one of these two, if no program on the lane reads with "
+        "splice(2), MSG_WAITALL or MSG_TRUNC: without guards such a reader hangs or comes short",
     )
 
 
 def check_mptcp(version: Version | None, enabled: str) -> Finding:
     """Kernels before December 2025 crash on accept(2) if a sockmap has an MPTCP child.
 
-    nearpath leaves connections of MPTCP listeners alone on every kernel (counted as
-    ``mptcp``); another user of sockmap may not.
+    There nearpath leaves the connections of MPTCP listeners alone (counted as ``mptcp``);
+    another user of sockmap may not. With the fix, TCP connections that such a listener has
+    accepted take the lane (setting mptcp_fallback).
     """
     if enabled in {"", "0"}:
         return Finding("mptcp", OK, "off in the host's network namespace")
     if features.mptcp_children_are_safe(version):
         return Finding(
-            "mptcp", OK, "on; MPTCP listeners (Go 1.24 and newer: all) stay on the kernel path"
+            "mptcp",
+            OK,
+            "on; TCP connections of MPTCP listeners (Go 1.24 and newer: all) take the lane, for "
+            "this kernel has the fix (setting mptcp_fallback); MPTCP itself stays on the kernel "
+            "path",
         )
     return Finding(
         "mptcp",
         WARN,
         "on, and this kernel may crash when a sockmap holds a child of an MPTCP listener",
-        "nothing of nearpath's, which leaves such connections alone; other sockmap users may not",
+        "the lane for connections of MPTCP listeners (Go 1.24 and newer: all listeners), which "
+        "nearpath leaves alone here; other sockmap users may not",
         "update the kernel (fixed in December 2025, c77b3b79a92e), or sysctl -w "
-        "net.mptcp.enabled=0 in the pods",
+        "net.mptcp.enabled=0 in the pods; of a Go program: GODEBUG=multipathtcp=0",
     )
 
 

@@ -168,7 +168,7 @@ def _check_datapath(place: Place) -> Finding:
         return Finding(name, OK, f"loaded at {shown['pins']}{draining}")
     lost = "the socket lane for every pod: TCP stays on the kernel path"
     if shown["loaded"]:
-        return Finding(name, WARN, f"paused{draining}", lost, "nearpath load")
+        return Finding(name, WARN, f"paused{draining}", lost, "nearpath resume")
     if os.path.exists(place.unloaded_file):
         return Finding(name, WARN, f"unloaded by an operator{draining}", lost, "nearpath load")
     return Finding(name, OK, f"not loaded; the first ADD loads it{draining}")

@@ -20,12 +20,9 @@ def recorded(place: Place) -> int:
     Returns:
         How many were unknown.
     """
-    count = 0
-    guarded = loader.is_guarded(place)
-    for record in state.records(place):
-        cookie = state.cookie_of(record)
-        wanted = state.wants_lane(record) and (guarded or state.may_go_unguarded(record))
-        if cookie and wanted and not socket.is_registered(place, cookie):
-            socket.register(place, cookie)
-            count += 1
-    return count
+    known = socket.registered(place)
+    wanted = state.lane_cookies(place, loader.is_guarded(place))
+    unknown = [cookie for cookie in wanted if cookie not in known]
+    for cookie in unknown:
+        socket.register(place, cookie)
+    return len(unknown)

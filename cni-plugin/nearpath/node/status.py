@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nearpath import VERSION, state
-from nearpath.datapath import loader
+from nearpath.datapath import calibration, loader, settings, sizes
 from nearpath.lanes import socket
 
 if TYPE_CHECKING:
@@ -18,10 +18,14 @@ def node_status(place: Place) -> dict[str, Any]:
     Returns:
         ``{"version", "loaded", "layout", "cgroup", "pins", "paused", "draining",
         "unloaded_by_operator", "pods": number of attachments, "pods_on_lane",
-        "lanes": {"socket": counters}, "failures": {reason: count}}``.
+        "lanes": {"socket": counters}, "failures": {reason: count},
+        "guards": {"attached", "because": why not}, "maps": {map: entries at most},
+        "streams": {"from", "to", "source": "default", "calibrated" or "set"},
+        "calibration": as stored, or None}``; maps and streams are empty if nothing is loaded.
     """
     shown = loader.describe(place)
     pods = pod_list(place, shown)
+    stored = calibration.read(place)
     return {
         "version": VERSION,
         "loaded": shown["loaded"],
@@ -35,7 +39,23 @@ def node_status(place: Place) -> dict[str, Any]:
         "pods_on_lane": sum(pod["lanes"]["socket"]["state"] == "on" for pod in pods),
         "lanes": {"socket": socket.totals(place)},
         "failures": state.failures(place),
+        "guards": {"attached": shown["guards"], "because": shown["no_guards_because"]},
+        "maps": sizes.of_pinned(place) if shown["loaded"] else {},
+        "streams": _streams(place) if shown["loaded"] else {},
+        "calibration": stored,
     }
+
+
+def _streams(place: Place) -> dict[str, Any]:
+    """Message sizes of streams that stay in the lane, and where the limits come from."""
+    live = settings.read(place)
+    limits = {name: live[name] for name in calibration.THRESHOLDS}
+    source = "set"
+    if limits == calibration.thresholds(place):
+        source = "calibrated"
+    elif all(settings.DEFAULTS[name] == value for name, value in limits.items()):
+        source = "default"
+    return {"from": live["stream_from"], "to": live["stream_to"], "source": source}
 
 
 def _obstacle(shown: dict[str, Any]) -> str:
@@ -45,13 +65,16 @@ def _obstacle(shown: dict[str, Any]) -> str:
     return "paused" if shown["paused"] else ""
 
 
-def lane_state(record: dict[str, Any], obstacle: str, registered: bool) -> tuple[str, str]:
+def lane_state(
+    record: dict[str, Any], obstacle: str, registered: bool, guarded: bool = True
+) -> tuple[str, str]:
     """State ("on", "off") and reason of the socket lane of one attachment.
 
     Args:
         record: as written by ADD; may be damaged.
         obstacle: reason that holds for the whole node, or empty.
         registered: the programs know the attachment's namespace.
+        guarded: the guards are attached.
     """
     lanes = record.get("lanes")
     if not isinstance(lanes, dict) or not isinstance(lanes.get("socket"), dict):
@@ -63,6 +86,8 @@ def lane_state(record: dict[str, Any], obstacle: str, registered: bool) -> tuple
         return "on", ""
     if lane == "off":
         return "off", reason or "unknown"
+    if not obstacle and not guarded and not state.may_go_unguarded(record):
+        return "off", "no-guards"  # a load without guards came after the ADD
     return "off", obstacle or "not-registered"
 
 
@@ -76,13 +101,14 @@ def pod_list(place: Place, shown: dict[str, Any] | None = None) -> list[dict[str
         ``{"namespace", "name", "container_id", "ifname", "ips", "netns_cookie", "network",
         "lanes": {"socket": {"state", "reason", **counters}}}`` each.
     """
-    obstacle = _obstacle(shown or loader.describe(place))
+    shown = shown or loader.describe(place)
+    obstacle = _obstacle(shown)
     counters = socket.by_pod(place)
+    known = set() if obstacle else socket.registered(place)
     pods = []
     for record in state.records(place):
         cookie = state.cookie_of(record)
-        registered = bool(cookie) and not obstacle and socket.is_registered(place, cookie)
-        lane, reason = lane_state(record, obstacle, registered)
+        lane, reason = lane_state(record, obstacle, cookie in known, shown["guards"])
         identity = record.get("pod")
         identity = identity if isinstance(identity, dict) else {}
         ips = record.get("ips")
