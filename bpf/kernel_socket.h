@@ -10,6 +10,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "kernel_types.h"
+#include "nearpath.h"
 
 /* Tasks waiting on one socket that waiting_tasks() looks at before it gives up. */
 #define MOST_WAITERS 8
@@ -18,8 +19,17 @@
 
 #define ULP_MPTCP 0x706374706dull
 
-/* Weak: without it waiting_tasks() finds nobody and the answer is the careful one. */
+/*
+ * Wake functions, by which one can tell who waits on a socket: tasks in recvmsg and sendmsg,
+ * poll and select, epoll. Weak: without them nobody is known, and the answer is the careful one.
+ */
 extern const void woken_wake_function __ksym __weak;
+extern const void pollwake __ksym __weak;
+extern const void ep_poll_callback __ksym __weak;
+
+/* include/uapi/linux/eventpoll.h */
+#define EPOLLRDHUP (1u << 13)
+#define EPOLLET (1u << 31)
 
 static __always_inline bool has_ulp(struct tcp_sock *tp)
 {
@@ -91,6 +101,44 @@ __noinline int waiting_tasks(__u64 address)
 		item = BPF_CORE_READ(item, next);
 	}
 	return found;
+}
+
+/* Who waits to read from a socket: an enum reader_kind. */
+__noinline int kind_of_reader(__u64 address)
+{
+	struct sock *sk = (struct sock *)address;
+	struct socket_wq *wq = BPF_CORE_READ(sk, sk_wq);
+	struct list_head *head, *item;
+	int kind = NOBODY;
+
+	if (!wq)
+		return NOBODY;
+	head = __builtin_preserve_access_index(&wq->wait.head);
+	item = BPF_CORE_READ(head, next);
+	for (int i = 0; i < MOST_WAITERS && item && item != head; i++) {
+		struct poll_table_entry *poll;
+		struct wait_queue_entry *entry;
+		struct eppoll_entry *epoll;
+		__u32 events = 0;
+		void *wake;
+
+		entry = (void *)item - bpf_core_field_offset(struct wait_queue_entry, entry);
+		wake = BPF_CORE_READ(entry, func);
+		if (wake == &ep_poll_callback) {
+			epoll = (void *)entry - bpf_core_field_offset(struct eppoll_entry, wait);
+			events = BPF_CORE_READ(epoll, base, event.events);
+		} else if (wake == &pollwake) {
+			poll = (void *)entry - bpf_core_field_offset(struct poll_table_entry, wait);
+			events = BPF_CORE_READ(poll, key);
+		} else if (wake != &woken_wake_function) {
+			return CAREFUL;
+		}
+		if (events & (EPOLLET | EPOLLRDHUP))
+			return CAREFUL;
+		kind = PATIENT;
+		item = BPF_CORE_READ(item, next);
+	}
+	return kind;
 }
 
 #endif

@@ -26,7 +26,8 @@ struct sock;
 
 struct sock_common {
 	struct sock *skc_listener; /* of a request socket: the listening socket */
-	unsigned long skc_flags;   /* spelled sk_flags in the kernel; bits of enum sock_flags */
+	unsigned char skc_state;
+	unsigned long skc_flags; /* spelled sk_flags in the kernel; bits of enum sock_flags */
 };
 
 struct wait_queue_entry {
@@ -36,6 +37,24 @@ struct wait_queue_entry {
 
 struct wait_queue_head {
 	struct list_head head;
+};
+
+struct epoll_event {
+	__u32 events;
+} __attribute__((packed));
+
+struct epitem {
+	struct epoll_event event;
+};
+
+struct poll_table_entry {
+	unsigned int key; /* the events that poll(2) was asked for */
+	struct wait_queue_entry wait;
+};
+
+struct eppoll_entry {
+	struct epitem *base;
+	struct wait_queue_entry wait;
 };
 
 struct socket_wq {
@@ -49,6 +68,7 @@ struct sock {
 	} sk_backlog;
 	int sk_rcvbuf;
 	int sk_rcvlowat;
+	unsigned int sk_shutdown; /* bits RCV_SHUTDOWN 1, SEND_SHUTDOWN 2 */
 	struct socket_wq *sk_wq;
 	void *sk_user_data; /* of a socket in a sockmap: its sk_psock, low bits are flags */
 };

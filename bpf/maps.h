@@ -104,4 +104,14 @@ static __always_inline struct settings *settings_now(void)
 	return bpf_map_lookup_elem(&settings, &zero);
 }
 
+/* The kind of reader that the sockets of one side of a connection have. */
+static __always_inline struct reader reader_key(const struct connection *connection, __u32 reader)
+{
+	struct reader key = { .port = connection->endpoint[SERVER].local_port, .side = reader & 1 };
+
+	key.netns = connection->netns[reader & 1];
+	key.peer_netns = connection->netns[!(reader & 1)];
+	return key;
+}
+
 #endif

@@ -39,7 +39,9 @@ struct socket_facts {
 	struct sequences connection;
 	__u64 netns; /* cookie of the socket's network namespace */
 	__u32 side;
-	__u32 callbacks; /* bpf_sock_ops_cb_flags of the socket before it joined */
+	__u32 callbacks;  /* bpf_sock_ops_cb_flags of the socket before it joined */
+	__u32 short_read; /* 1: its last read got less than it had asked for */
+	__u32 unused;
 };
 
 /* One side's view of its connection; network byte order but for the ports. */
@@ -71,8 +73,21 @@ struct connection {
 	__u32 wants_out[2]; /* why each side's socket is to leave the map; 0: it is not */
 	__u32 blocked[2];   /* why nothing of each side may be redirected; 0: it may */
 	__u32 path[2];	    /* enum counter: path of each side's last message, or the reason */
-	__u32 unused;
+	__u32 reader[2];    /* enum reader_kind: who was seen to read on each side */
+	__u32 drains;	    /* bit per side: its reader reads on until EAGAIN */
 	struct endpoint endpoint[2];
+};
+
+/*
+ * Who reads from a socket; see seams in path.h. PATIENT: a task in recvmsg, poll, select, or
+ * epoll that reports as long as there is something to read. CAREFUL: edge-triggered epoll, or
+ * one that asks for the end of the stream (EPOLLRDHUP), or somebody we do not know. NOBODY
+ * waits at this moment.
+ */
+enum reader_kind {
+	NOBODY,
+	PATIENT,
+	CAREFUL
 };
 
 /* How a program reads from a class of connections; see probation in socket_lane.bpf.c. */
@@ -84,9 +99,15 @@ struct reader {
 };
 
 struct reading {
-	__u32 fit;   /* connections read to their end with calls that the lane supports */
-	__u32 unfit; /* calls that it does not */
+	__u32 fit;     /* connections read to their end with calls that the lane supports */
+	__u32 unfit;   /* calls that it does not */
+	__u32 careful; /* connections whose reader may take a short read for all there is */
+	__u32 drained; /* short reads after which it asked again and was told EAGAIN … */
+	__u32 stopped; /* … and after which it did not */
 };
+
+/* Short reads followed by EAGAIN that show that readers of a kind read on. */
+#define DRAINED_OFTEN 16
 
 /*
  * Switches of the rules, live. Zero switches a rule off. Defaults: datapath/settings.py.
@@ -98,6 +119,7 @@ struct settings {
 	__u32 guards;		/* 1: what bpf/guards.bpf.c has found out is heeded */
 	__u32 probation;	/* messages each way that take the kernel path first */
 	__u32 proven;		/* connections with fit readers that waive probation; 0: none do */
+	__u32 careful;		/* 1: readers must be known to read on after a short read */
 	__u32 revalidate_ms;	/* longest time between two messages on the kernel path */
 	__u32 drained;		/* 1: never redirect while bytes sent by TCP are unread */
 	__u32 receiver_percent; /* of sk_rcvbuf that a reader may leave unread in the lane */
@@ -123,19 +145,25 @@ enum counter {
 	C_LEFT_STREAMING, /* left the map, for the kernel path carries this stream faster */
 	C_LEFT_DUPLEX,	  /* left the map, for one task reads while another waits to write */
 	C_LEFT_ZEROCOPY,  /* left the map, for it sends with MSG_ZEROCOPY */
+	C_LEFT_IOCTL,	  /* left the map, for it asks how much there is to read */
 	C_LEFT,		  /* left the map with its FIN, to be native again */
 	C_STAYED,	  /* sent its FIN with redirected data unread or on its way */
 	/* calls that the lane does not support, seen by the guards */
 	C_SEEN_SPLICE,
 	C_SEEN_FLAGS,
+	C_SEEN_IOCTL,
 	/* why a message of a joined socket took the kernel path */
 	C_PAUSED,
 	C_REDIRECT_OFF,
 	C_PEER_NOT_JOINED,
+	C_CLOSING,
 	C_STREAMING,
 	C_DUPLEX,
 	C_ZEROCOPY,
+	C_IOCTL,
 	C_NOT_FIT,
+	C_READER_UNKNOWN,
+	C_CAREFUL,
 	C_URGENT,
 	C_ULP_SET,
 	C_LOW_WATER,

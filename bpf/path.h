@@ -8,6 +8,11 @@
 
 #define NS_PER_MS (1000 * 1000ull)
 #define NS_PER_US 1000ull
+#define SEND_SHUTDOWN 2 /* include/net/sock.h */
+/* What a redirected message takes beside its bytes: struct sk_msg, from kmalloc-1k. */
+#define MESSAGE_BYTES 1024
+/* A patient reader is looked at anew when none of these bits is set in its message's number. */
+#define LOOK_AGAIN 63
 
 /*
  * Is this message one too many of a stream? More than stream_messages one way, none back,
@@ -33,66 +38,85 @@ static __always_inline bool streaming(struct connection *connection, __u32 side,
 }
 
 /*
- * Reading of redirected data that nobody has read yet has limits. A redirect has no flow
+ * Is there too much that was redirected and nobody has read yet? A redirect has no flow
  * control. Up to a share of the buffer; beyond, TCP's own window takes over while it is still
  * open: were the buffer full, TCP's segments would be dropped and the sender would wait for
  * its retransmission timer, for reading redirected bytes sends no window update. And
- * sk_rmem_alloc counts bytes, but every message takes another 1 KiB (struct sk_msg).
+ * sk_rmem_alloc counts bytes, but every message takes MESSAGE_BYTES more: at most half of the
+ * share, so that a sleeping reader holds at most 1.5 times what it holds on the kernel path,
+ * TCP's last segment beyond the buffer included.
  */
 static __always_inline bool receiver_behind(struct connection *connection, __u32 side,
-					    struct sock *receiver, __u32 size,
+					    struct sock *receiver, __u64 unread, __u32 size,
 					    const struct settings *s)
 {
-	__u64 unread = BPF_CORE_READ(receiver, sk_backlog.rmem_alloc.counter);
 	__u64 limit = BPF_CORE_READ(receiver, sk_rcvbuf);
+	__u64 share = limit * s->receiver_percent / 100;
+	__u64 messages;
 
-	if (s->receiver_percent && unread + size > limit * s->receiver_percent / 100)
+	messages = connection->redirected_messages[side] - connection->empty_at[side];
+	if (s->receiver_percent && (unread + size > share || 2 * messages * MESSAGE_BYTES > share))
 		return true;
-	if (!unread) {
-		connection->empty_at[side] = connection->redirected_messages[side];
-		return false;
-	}
-	return s->unread_messages &&
-	       connection->redirected_messages[side] - connection->empty_at[side] >=
-		       s->unread_messages;
+	return s->unread_messages && messages >= s->unread_messages;
 }
 
 /*
- * The path of one message: C_REDIRECTED_MESSAGES, or the reason for the kernel path.
+ * Seams. A read ends where redirected bytes end, even if bytes sent by TCP lie behind them
+ * (tcp_bpf_recvmsg). Patient readers come back for those. Careful ones take a short read for
+ * all there is: with edge-triggered epoll they wait for an event that has been (nginx, tokio,
+ * Netty) and hang, and having seen EPOLLRDHUP they close (HAProxy) and lose the rest. What is
+ * to be redirected to whom cannot wait until a burst turns out to be too large for the lane,
+ * so only readers that have been seen to be patient get anything by it, and those of the
+ * careful that were seen (by the guards) to read on until EAGAIN (Envoy, Go).
  *
- * The order matters. Redirect → kernel is always in order, for tcp_bpf_recvmsg reads the
- * redirected queue first; kernel → redirect only when nothing sent by TCP is unread.
+ * Once patient is not for ever, for a program may hand the socket to epoll later: it is looked
+ * at anew for the first messages, with each by the kernel path, and now and then.
  */
-static __always_inline enum counter choose_path(struct connection *connection, __u32 side,
-						struct tcp_sock *tp, __u32 size)
+static __always_inline enum counter reader_is_patient(struct connection *connection, __u32 side)
+{
+	__u32 reader = !side;
+	int kind;
+
+	if (connection->reader[reader] == CAREFUL)
+		return C_CAREFUL;
+	if (connection->reader[reader] == PATIENT &&
+	    connection->redirected_messages[side] > LOOK_AGAIN &&
+	    connection->redirected_messages[side] & LOOK_AGAIN &&
+	    connection->path[side] == C_REDIRECTED_MESSAGES)
+		return C_REDIRECTED_MESSAGES;
+	kind = kind_of_reader(connection->sk[reader]);
+	if (kind == NOBODY)
+		kind = connection->reader[reader];
+	else
+		connection->reader[reader] = kind;
+	if (kind == CAREFUL)
+		return C_CAREFUL;
+	return kind == PATIENT ? C_REDIRECTED_MESSAGES : C_READER_UNKNOWN;
+}
+
+/*
+ * Why this message should take the kernel path, or C_REDIRECTED_MESSAGES if it need not.
+ * What must not be redirected whoever reads it was sorted out before (choose_path).
+ */
+static __always_inline enum counter reason_for_kernel(struct connection *connection, __u32 side,
+						      struct sock *receiver, __u64 unread,
+						      __u32 size, __u64 now,
+						      const struct settings *s)
 {
 	__u32 peer = !side;
-	struct tcp_sock *receiver = (struct tcp_sock *)connection->sk[peer];
-	struct settings *s = settings_now();
-	__u64 now = bpf_ktime_get_ns();
 
-	if (!s || s->paused)
+	if (s->paused)
 		return C_PAUSED;
 	if (!s->redirect)
 		return C_REDIRECT_OFF;
-	if (!(connection->joined & 1 << peer))
-		return C_PEER_NOT_JOINED;
-	if (streaming(connection, side, size, now, s) && !connection->wants_out[side])
-		connection->wants_out[side] = C_STREAMING;
-	/* The kernel never completes a MSG_ZEROCOPY of a socket in a sockmap. */
-	if (tp->inet_conn.icsk_inet.sk.__sk_common.skc_flags &
-	    1ul << bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY))
-		connection->wants_out[side] = C_ZEROCOPY;
 	if (connection->wants_out[side])
 		return connection->wants_out[side];
-	/*
-	 * Kernel TLS that was switched on since: we see what will be encrypted, and the reader
-	 * would get it in the clear.
-	 */
-	if (tp->inet_conn.icsk_ulp_ops || has_ulp(receiver))
-		return C_ULP_SET;
-	if (s->guards && connection->blocked[side])
-		return connection->blocked[side];
+	if (s->careful && !(connection->drains & 1 << peer)) {
+		enum counter reason = reader_is_patient(connection, side);
+
+		if (reason != C_REDIRECTED_MESSAGES)
+			return reason;
+	}
 	/*
 	 * The guards see how the reader reads before anything is redirected to it. Not only its
 	 * first call: proxies read a header with recv and then splice the rest.
@@ -105,17 +129,65 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	 */
 	if (s->revalidate_ms && now - connection->kernel_at[side] > s->revalidate_ms * NS_PER_MS)
 		return C_REVALIDATE;
+	/* SO_RCVLOWAT: a redirect wakes the reader whatever it asked for. */
+	if (BPF_CORE_READ(receiver, sk_rcvlowat) > 1)
+		return C_LOW_WATER;
+	if (receiver_behind(connection, side, receiver, unread, size, s))
+		return C_RECEIVER_BEHIND;
+	return C_REDIRECTED_MESSAGES;
+}
+
+/*
+ * The path of one message: C_REDIRECTED_MESSAGES, or the reason for the kernel path.
+ *
+ * Redirect → kernel is always in order, for tcp_bpf_recvmsg reads the redirected queue first
+ * (but see seams); kernel → redirect only when nothing sent by TCP is unread.
+ */
+static __always_inline enum counter choose_path(struct connection *connection, __u32 side,
+						struct tcp_sock *tp, __u32 size)
+{
+	__u32 peer = !side;
+	struct tcp_sock *receiver = (struct tcp_sock *)connection->sk[peer];
+	struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	struct settings *s = settings_now();
+	__u64 now = bpf_ktime_get_ns();
+	enum counter reason;
+	__u64 unread;
+
+	if (!s)
+		return C_PAUSED;
+	if (!(connection->joined & 1 << peer))
+		return C_PEER_NOT_JOINED;
+	/* The kernel answers EPIPE, which tcp_bpf_sendmsg leaves to it. */
+	if (sk->sk_shutdown & SEND_SHUTDOWN)
+		return C_CLOSING;
+	/*
+	 * Kernel TLS that was switched on since: we see what will be encrypted, and the reader
+	 * would get it in the clear.
+	 */
+	if (tp->inet_conn.icsk_ulp_ops || has_ulp(receiver))
+		return C_ULP_SET;
+	if (s->guards && connection->blocked[side])
+		return connection->blocked[side];
+	/* Kernels before 6.5 never complete a MSG_ZEROCOPY of a socket in a sockmap. */
+	if (sk->__sk_common.skc_flags & 1ul << bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY))
+		connection->wants_out[side] = C_ZEROCOPY;
+	if (streaming(connection, side, size, now, s) && !connection->wants_out[side])
+		connection->wants_out[side] = C_STREAMING;
 	/*
 	 * The receiver may be gone and its memory another socket's: then the numbers do not
 	 * match, or the map sockets does not have it. Redirected bytes move neither number.
 	 */
 	if (s->drained && BPF_CORE_READ(receiver, copied_seq) != tp->write_seq)
 		return C_NOT_DRAINED;
-	/* SO_RCVLOWAT: a redirect wakes the reader whatever it asked for. */
-	if (BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_rcvlowat) > 1)
-		return C_LOW_WATER;
-	if (receiver_behind(connection, side, &receiver->inet_conn.icsk_inet.sk, size, s))
-		return C_RECEIVER_BEHIND;
+	/* Nothing of TCP's is unread, so this is what was redirected. */
+	unread = BPF_CORE_READ(receiver, inet_conn.icsk_inet.sk.sk_backlog.rmem_alloc.counter);
+	if (!unread)
+		connection->empty_at[side] = connection->redirected_messages[side];
+	reason = reason_for_kernel(connection, side, &receiver->inet_conn.icsk_inet.sk, unread,
+				   size, now, s);
+	if (reason != C_REDIRECTED_MESSAGES)
+		return reason;
 	/*
 	 * Last, and in this order: our mark, a full barrier (that of the atomic), their bit.
 	 * See redirect_in_flight().

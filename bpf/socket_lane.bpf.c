@@ -142,48 +142,57 @@ static __always_inline void note_endpoint(struct bpf_sock_ops *ctx, struct endpo
 /*
  * What is known of how this kind of connection is read by one side. Programs of one kind
  * (clients in this pod of that port of that pod) read alike: enough connections read to
- * their end with calls that the lane supports spare the next ones their probation, one call
- * that it does not support keeps the lane from all that follow.
+ * their end by patient readers with calls that the lane supports spare the next ones their
+ * probation; one that it does not support keeps the lane from all that follow.
  */
-static __always_inline void recall_reader(struct connection *connection, __u32 reader, __u32 port)
+static __always_inline void recall_reader(struct connection *connection, __u32 reader)
 {
-	struct reader key = { .port = port, .side = reader & 1 };
+	struct reader key = reader_key(connection, reader);
 	struct settings *s = settings_now();
 	struct reading *known;
 
-	if (!s || !s->probation)
-		return;
-	key.netns = connection->netns[reader & 1];
-	key.peer_netns = connection->netns[!(reader & 1)];
 	known = bpf_map_lookup_elem(&readers, &key);
-	if (!known)
+	if (!s || !known)
 		return;
-	if (known->unfit)
-		connection->blocked[!(reader & 1)] = C_NOT_FIT;
-	else if (s->proven && known->fit >= s->proven) {
-		connection->waived |= 1 << (reader & 1);
+	if (known->unfit) {
+		connection->blocked[!reader] = C_NOT_FIT;
+		return;
+	}
+	if (known->careful)
+		connection->reader[reader] = CAREFUL;
+	if (known->drained >= DRAINED_OFTEN && known->drained >= known->stopped)
+		connection->drains |= 1 << reader;
+	if (s->proven && known->fit >= s->proven) {
+		if (!known->careful)
+			connection->reader[reader] = PATIENT;
+		connection->waived |= 1 << reader;
 		count(key.netns, C_WAIVED, 1);
 	}
 }
 
-/* A reader that was never seen to use a call which the lane does not support is at its end. */
+/* A connection is at its end: what did its reader turn out to be? */
 static __always_inline void remember_reader(const struct connection *connection, __u32 reader)
 {
-	struct reader key = { .side = reader & 1 };
+	struct reader key = reader_key(connection, reader);
+	struct reading *known, first = {};
 	struct settings *s = settings_now();
-	struct reading *known, first = { .fit = 1 };
-	__u32 writer = !(reader & 1);
+	__u32 writer = !reader;
+	bool careful = connection->reader[reader] == CAREFUL;
 
-	if (!s || !s->probation || connection->blocked[writer] ||
-	    !connection->kernel_messages[writer])
+	/* Nobody seen reading, or nothing to read: nothing learnt. And unfit was noted at once. */
+	if (!s || connection->blocked[writer] || (s->careful && !connection->reader[reader]) ||
+	    !(connection->kernel_messages[writer] + connection->redirected_messages[writer]))
 		return;
-	key.port = connection->endpoint[SERVER].local_port;
-	key.netns = connection->netns[reader & 1];
-	key.peer_netns = connection->netns[writer];
 	known = bpf_map_lookup_elem(&readers, &key);
-	if (!known)
+	if (!known) {
+		first.fit = 1;
+		first.careful = careful;
 		bpf_map_update_elem(&readers, &key, &first, BPF_NOEXIST);
-	else if (known->fit < s->proven)
+		return;
+	}
+	if (careful && !known->careful)
+		known->careful = 1;
+	if (known->fit < s->proven)
 		__sync_fetch_and_add(&known->fit, 1);
 }
 
@@ -269,8 +278,8 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx)
 		connection->kernel_at[SERVER] = bpf_ktime_get_ns();
 		note_endpoint(ctx, &connection->endpoint[SERVER]);
 		/* Here for both, for only the server knows its own port. */
-		recall_reader(connection, CLIENT, ctx->local_port);
-		recall_reader(connection, SERVER, ctx->local_port);
+		recall_reader(connection, CLIENT);
+		recall_reader(connection, SERVER);
 		outcome = join(ctx, &own, &facts_of_socket);
 		/* Last: from here on the client may redirect to us. */
 		if (outcome == C_JOINED)
@@ -330,21 +339,29 @@ static __always_inline enum departure leave(struct bpf_sock_ops *ctx, struct con
 {
 	struct sequences key = own->connection;
 	struct sock *sk = kernel_socket(ctx);
+	__u32 mine = 1 << (own->side & 1);
 
-	/* From here on the peer takes the kernel path; see redirect_in_flight(). */
-	__sync_fetch_and_or(&connection->leaving, 1 << (own->side & 1));
 	/* close(2) has taken it out already (sock_map_close). */
-	if (!sk || !psock_of(sk))
+	if (!sk || !psock_of(sk)) {
+		__sync_fetch_and_or(&connection->leaving, mine);
 		return WAS_OUT;
-	/* The ULP reads and writes by itself, and taking it from below would be asking a lot. */
-	if (has_ulp((struct tcp_sock *)sk))
+	}
+	/*
+	 * The ULP reads and writes by itself, and taking it from below would be asking a lot.
+	 * And while something is unread the peer must not be sent to the kernel path: see seams.
+	 */
+	if (has_ulp((struct tcp_sock *)sk) || !queue_empty(sk))
 		return STILL_IN;
+	/* From here on the peer takes the kernel path; see redirect_in_flight(). */
+	__sync_fetch_and_or(&connection->leaving, mine);
+	if (redirect_in_flight(connection, !(own->side & 1)) || !queue_empty(sk)) {
+		__sync_fetch_and_and(&connection->leaving, ~mine);
+		return STILL_IN;
+	}
 	if (own->side == SERVER) {
 		key.first = own->connection.second;
 		key.second = own->connection.first;
 	}
-	if (redirect_in_flight(connection, !(own->side & 1)) || !queue_empty(sk))
-		return STILL_IN;
 	return bpf_map_delete_elem(&sockets, &key) ? WAS_OUT : OUT;
 }
 
@@ -381,10 +398,19 @@ static __always_inline void acknowledged(struct bpf_sock_ops *ctx)
 	if (!(own->callbacks & BPF_SOCK_OPS_RTT_CB_FLAG))
 		bpf_sock_ops_cb_flags_set(ctx,
 					  ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
-	if (why == C_STREAMING)
+	switch (why) {
+	case C_STREAMING:
 		count(own->netns, C_LEFT_STREAMING, 1);
-	else
-		count(own->netns, why == C_DUPLEX ? C_LEFT_DUPLEX : C_LEFT_ZEROCOPY, 1);
+		break;
+	case C_DUPLEX:
+		count(own->netns, C_LEFT_DUPLEX, 1);
+		break;
+	case C_ZEROCOPY:
+		count(own->netns, C_LEFT_ZEROCOPY, 1);
+		break;
+	default:
+		count(own->netns, C_LEFT_IOCTL, 1);
+	}
 }
 
 static __always_inline void state_changed(struct bpf_sock_ops *ctx, __u32 state)
@@ -394,24 +420,28 @@ static __always_inline void state_changed(struct bpf_sock_ops *ctx, __u32 state)
 	struct socket_facts *own;
 	__u32 mine;
 
-	if (state != BPF_TCP_FIN_WAIT1 && state != BPF_TCP_LAST_ACK && state != BPF_TCP_CLOSE)
+	if (state != BPF_TCP_FIN_WAIT1 && state != BPF_TCP_FIN_WAIT2 && state != BPF_TCP_LAST_ACK &&
+	    state != BPF_TCP_CLOSE)
 		return;
 	connection = connection_of(ctx, &own);
 	if (!connection)
 		return;
 	/*
 	 * With our FIN sent, a blocking reader of a socket in the map would be woken by
-	 * FIN_WAIT1 → FIN_WAIT2 and get EAGAIN, for tcp_bpf_recvmsg waits only once. Closed,
+	 * FIN_WAIT1 → FIN_WAIT2 and get EAGAIN, for tcp_bpf_recvmsg waits only once. If it could
+	 * not leave then, it may with the FIN's acknowledgement. Closed,
 	 * by a reset most likely, every write would report the error again, for
 	 * tcp_bpf_sendmsg does not consume sk_err. Out of the map it is as on the kernel path.
 	 */
 	departure = leave(ctx, connection, own);
 	if (state != BPF_TCP_CLOSE) {
-		if (departure != WAS_OUT)
-			count(own->netns, departure == OUT ? C_LEFT : C_STAYED, 1);
+		if (departure == OUT)
+			count(own->netns, C_LEFT, 1);
+		else if (departure == STILL_IN && state != BPF_TCP_FIN_WAIT2)
+			count(own->netns, C_STAYED, 1);
 		return;
 	}
-	remember_reader(connection, own->side);
+	remember_reader(connection, own->side & 1);
 	mine = 1 << (own->side & 1);
 	if (!(__sync_fetch_and_and(&connection->joined, ~mine) & ~mine))
 		bpf_map_delete_elem(&connections, &own->connection);

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from helpers.commands import run
+from helpers.commands import PATIENCE, run
 from helpers.leaks import nothing_left
 from helpers.netns import namespace, preserved_sysctls
 from nearpath.datapath import loader, settings, unloader
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PORT = 5000
-TIMEOUT = 20.0
+TIMEOUT = 20.0 * PATIENCE
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,9 @@ def lab(place: Place, pods: tuple[Pod, Pod]) -> Lab:
     """A loaded datapath that knows both pods."""
     loader.ensure(place)
     # Off, so that a slow machine does not change what the tests count (test_policy has it on),
-    # and so that they count the same with and without guards (test_guards has it on).
-    settings.write(place, revalidate_ms=0, probation=0)
+    # so that they count the same with and without guards (test_guards has them on), and since
+    # a test that sends and then reads is never seen to wait for data (test_seams has it on).
+    settings.write(place, revalidate_ms=0, probation=0, careful=0)
     lab = Lab(place, *pods)
     lab.register()
     return lab

@@ -8,12 +8,12 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from helpers.commands import wait_until
+from helpers.waiting import in_recv
 from nearpath.datapath import settings, tables
 
 from .conftest import TIMEOUT
@@ -141,12 +141,6 @@ def test_senders_with_zero_copy_leave(lab: Lab, early: bool) -> None:
         assert connection.leaving == 0b10
 
 
-def _in_recv(thread: threading.Thread) -> bool:
-    """True if a thread sleeps in recvfrom(2), whose number is 45 (x86-64) or 207 (arm64)."""
-    now = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text(encoding="ascii")
-    return now.split()[0] in {"45", "207"}
-
-
 def test_a_reader_asleep_beside_a_writer_leaves(lab: Lab) -> None:
     """Two threads on a blocking socket: no EAGAIN where the kernel path has none.
 
@@ -178,7 +172,7 @@ def test_a_reader_asleep_beside_a_writer_leaves(lab: Lab) -> None:
         reader = threading.Thread(target=read)
         reader.start()
         for _ in range(3):
-            wait_until(lambda: _in_recv(reader), "the reader to sleep")
+            wait_until(lambda: in_recv(reader), "the reader to sleep")
             client.sendall(b"question")
             drain(8)
             server.sendall(b"answer ")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_void_p
 
 from nearpath.datapath import bundle
 from nearpath.datapath.maps import Descriptor
@@ -56,6 +56,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map__set_max_entries": (c_int, c_void_p, c_uint32),
     "bpf_map__set_pin_path": (c_int, c_void_p, c_char_p),
     "bpf_raw_tracepoint_open": (c_int, c_char_p, c_int),
+    "bpf_program__set_autoload": (c_int, c_void_p, c_bool),
     "bpf_program__name": (c_char_p, c_void_p),
     "bpf_program__fd": (c_int, c_void_p),
     "libbpf_probe_bpf_prog_type": (c_int, c_int, c_void_p),
@@ -187,6 +188,12 @@ class Object:
                 result = _lib.bpf_map__set_max_entries(item, entries[name])
                 _check(f"set the size of map {name}", result)
 
+    def leave_out(self, names: frozenset[str]) -> None:
+        """Do not load these programs."""
+        for item in self._walk("bpf_object__next_program"):
+            if _lib.bpf_program__name(item).decode() in names:
+                _check("leave a program out", _lib.bpf_program__set_autoload(item, False))
+
     def load(self) -> None:
         """Create the maps and load the programs (verifier)."""
         _check(f"load BPF object {self._path}", _lib.bpf_object__load(self._pointer))
@@ -194,9 +201,11 @@ class Object:
     def programs(self) -> dict[str, Descriptor]:
         """Loaded programs by name; their descriptors belong to the object."""
         return {
-            name: Descriptor(_lib.bpf_program__fd(item), name)
+            name: Descriptor(number, name)
             for item in self._walk("bpf_object__next_program")
             for name in [_lib.bpf_program__name(item).decode()]
+            for number in [_lib.bpf_program__fd(item)]
+            if number >= 0  # not one that was left out
         }
 
     def maps(self) -> dict[str, Descriptor]:

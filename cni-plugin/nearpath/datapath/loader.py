@@ -108,6 +108,7 @@ def _load(place: Place, most_connections: int) -> None:
     programs.set_defaults(place, guarded)
     _register_recorded(place, guarded)
     programs.attach(place, cgroup)
+    programs.replace(place)  # a killed load of another build may have left its own
     unloader.retire_other_layouts(place)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from errno import EINTR, ENOENT
+from errno import E2BIG, EINTR, ENOENT
 
 from nearpath.errors import BpfError
 from nearpath.kernel.syscall import BPF, address, syscall
@@ -193,7 +193,12 @@ class Map(Descriptor):
         """Set ``key`` to ``value``."""
         if len(value) != self.value_size:
             raise ValueError(f"map {self.name}: value {len(value)} bytes long")
-        self._element("update", _UPDATE, bytearray(key), bytearray(value), flags)
+        try:
+            self._element("update", _UPDATE, bytearray(key), bytearray(value), flags)
+        except BpfError as error:
+            if error.errno == E2BIG:  # "Argument list too long" would mislead
+                raise BpfError(f"map {self.name} is full", E2BIG) from error
+            raise
 
     def delete(self, key: bytes) -> bool:
         """Delete ``key``; False if it was not there."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _OBJECT = "socket_lane"
 _GUARDS = "guards"
+_YOUNG_GUARDS = frozenset({"nearpath_bpf_ioctl"})  # of functions that older kernels lack
 _SOCKOPS = "nearpath_sockops"
 _MESSAGE = "nearpath_message"
 
@@ -66,19 +67,24 @@ def attach_guards(place: Place) -> bool:
     Returns:
         True if they are attached.
     """
-    try:
-        _attach_guards(place)
-    except BpfError as error:
-        state.write_file(place.guards_file, error.message.encode())
-        return False
-    state.write_file(place.guards_file, b"")
-    return True
+    problem = ""
+    for left_out in (frozenset[str](), _YOUNG_GUARDS):
+        try:
+            _attach_guards(place, left_out)
+        except BpfError as error:
+            problem = problem or error.message
+        else:
+            state.write_file(place.guards_file, b"")
+            return True
+    state.write_file(place.guards_file, problem.encode())
+    return False
 
 
-def _attach_guards(place: Place) -> None:
+def _attach_guards(place: Place, left_out: frozenset[str]) -> None:
     with libbpf.Object(bundle.object_path(_GUARDS)) as built:
         built.pin_maps_under(place.layout_dir)
         built.set_sizes(sizes.of_pinned(place))
+        built.leave_out(left_out)
         built.load()
         links = [
             (name, libbpf.attach_tracing(program)) for name, program in built.programs().items()

@@ -29,6 +29,8 @@ SETTINGS: dict[str, tuple[int, tuple[int, int], str]] = {
     "probation": (8, _COUNT, "messages each way that first take the kernel path; see proven"),
     # Enough to have seen a keep-alive pool, few enough for a busy service's first second.
     "proven": (16, _COUNT, "connections with fit readers that waive probation; 0: none do"),
+    # Off only where every event-driven program is known to read until EAGAIN.
+    "careful": (1, _SWITCH, "readers must be known to read on after a short read"),
     # Policy that is tightened binds an accelerated connection after this time at the latest;
     # one message a second costs nothing measurable.
     "revalidate_ms": (1000, _MILLISECONDS, "one message each way per interval by the kernel path"),
@@ -50,7 +52,7 @@ SETTINGS: dict[str, tuple[int, tuple[int, int], str]] = {
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
 # Switched off, these break connections: for experiments and tests.
-UNSAFE = frozenset({"drained", "receiver_percent", "guards", "unread_messages"})
+UNSAFE = frozenset({"drained", "receiver_percent", "guards", "unread_messages", "careful"})
 
 _STRUCT = struct.Struct(f"={len(SETTINGS)}I")
 _KEY = bytes(4)

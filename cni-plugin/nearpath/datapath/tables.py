@@ -27,17 +27,23 @@ REASONS = (
     "left_streaming",
     "left_duplex",
     "left_zerocopy",
+    "left_ioctl",
     "left",
     "stayed",
     "seen_splice",
     "seen_flags",
+    "seen_ioctl",
     "paused",
     "redirect_off",
     "peer_not_joined",
+    "closing",
     "streaming",
     "duplex",
     "zerocopy",
+    "ioctl",
     "not_fit",
+    "reader_unknown",
+    "careful",
     "urgent",
     "ulp_set",
     "low_water",
@@ -60,10 +66,11 @@ _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
 _SEQUENCES = struct.Struct("=II")
 # struct connection: eight pairs of u64, then as named; two struct endpoint at the end.
-_CONNECTION = struct.Struct("=16Q3Q5I2I2I2II" + 2 * "16s16s4H")
+_CONNECTION = struct.Struct("=16Q3Q5I2I2I2I2II" + 2 * "16s16s4H")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 _NETNS, _NETNS_AT = struct.Struct("=2Q"), 2 * 8
 _JOINED, _JOINED_AT = struct.Struct("=I"), 19 * 8
+READERS = ("", "patient", "careful")  # enum reader_kind of bpf/kernel_socket.h
 _AF_INET = 2
 BOTH = 0b11  # Connection.joined, Connection.leaving
 # Cookies start at 1 (net/core/net_namespace.c): 0 keeps the counts of pods that are gone.
@@ -80,6 +87,7 @@ class Connection:
         redirected_messages, redirected_bytes, kernel_messages, kernel_bytes: sent.
         joined, leaving, waived: a bit per side, the client's is the lowest.
         wants_out, blocked, path: counter names; "" for none.
+        reader: who was seen to read on each side, one of READERS.
         endpoints: per side (local address, local port, remote address, remote port), the
             addresses as bytes, 4 or 16 of them.
     """
@@ -95,6 +103,7 @@ class Connection:
         "leaving",
         "netns",
         "path",
+        "reader",
         "redirected_at",
         "redirected_bytes",
         "redirected_messages",
@@ -115,7 +124,8 @@ class Connection:
         self.wants_out = tuple(_name(number) for number in fields[24:26])
         self.blocked = tuple(_name(number) for number in fields[26:28])
         self.path = tuple(COUNTERS[number] for number in fields[28:30])
-        self.endpoints = _endpoint(*fields[31:37]), _endpoint(*fields[37:43])
+        self.reader = tuple(READERS[number] for number in fields[30:32])
+        self.endpoints = _endpoint(*fields[33:39]), _endpoint(*fields[39:45])
 
 
 def _name(number: int) -> str:
