@@ -120,9 +120,11 @@ demo: root setup build ## two pods on this node, kernel path against nearpath (a
 	@$(PROGRAM) demo $(DEMO_ARGS)
 
 .PHONY: bench
-bench: root setup build ## start-up and memory of the plugin against an empty program (as root)
-	@echo "==> bench"
+bench: root setup build ## start-up of the plugin, and the socket lane against the kernel path (as root)
+	@echo "==> bench: start-up"
 	@$(BIN)/python tests/bench/bench_startup.py $(BENCH_ARGS)
+	@echo "==> bench: socket lane"
+	@nice -n -20 $(BIN)/python tests/bench/bench_lane.py $(LANE_ARGS)
 
 .PHONY: lint
 lint: venv ## the linters alone

@@ -91,6 +91,7 @@ struct tcp_sock {
 	__u32 write_seq;  /* end of what the application has written to TCP */
 	__u32 copied_seq; /* end of what the application has read from TCP */
 	unsigned char is_mptcp : 1;
+	unsigned char nonagle : 4; /* TCP_NODELAY, TCP_CORK */
 };
 
 struct request_sock {

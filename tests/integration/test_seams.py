@@ -39,7 +39,8 @@ class _Careful:
 
     Args:
         events: with EPOLLET it waits for the next event after a short read, unless it knows
-            of the end, as nginx and tokio do; without, a short read after EPOLLRDHUP is the end, as for HAProxy.
+            of the end, as nginx and tokio do; without, a short read after EPOLLRDHUP is the end,
+            as for HAProxy.
         pause: seconds to sleep before each read, like a proxy whose client is slow.
         chunk: bytes to ask for.
     """

@@ -56,7 +56,7 @@ def test_mypy(directory: str) -> None:
 
 
 def test_clang_format() -> None:
-    check("clang-format", "--dry-run", "-Werror", *files("bpf/*.c", "bpf/*.h"))
+    check("clang-format", "--dry-run", "-Werror", *files("bpf/*.[ch]", "tests/*/*.c"))
 
 
 def test_shellcheck() -> None:

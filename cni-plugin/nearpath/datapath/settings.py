@@ -44,7 +44,7 @@ SETTINGS: dict[str, tuple[int, tuple[int, int], str]] = {
     "stream_messages": (64, _COUNT, "messages one way in a row that make a stream; 0: none"),
     # Nagle and auto-corking gather what comes within this time.
     "stream_gap_us": (200, _COUNT, "longest pause inside a stream, in microseconds"),
-    "stream_from": (512, (0, ANY_SIZE), "bytes: streams of smaller messages leave the lane"),
+    "stream_from": (1024, (0, ANY_SIZE), "bytes: streams of smaller messages leave the lane"),
     "stream_to": (ANY_SIZE, (0, ANY_SIZE), "bytes: streams of messages this large leave it too"),
     "duplex": (1, _SWITCH, "sockets with a reader asleep beside a writer leave the lane"),
     # On by default only where the kernel has the fixes of December 2025 (loader).
