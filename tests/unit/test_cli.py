@@ -296,7 +296,7 @@ def test_status_json(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
         "failures": {"no-btf": 1},
         "guards": {"attached": True, "because": ""},
         "maps": MAPS,
-        "streams": {"from": 512, "to": 0xFFFFFFFF, "source": "default"},
+        "streams": {"from": 1024, "to": 0xFFFFFFFF, "source": "default"},
         "calibration": None,
     }
 
@@ -315,7 +315,7 @@ def test_status_for_people(
     assert "deadline" in shown
     assert "guards       attached\n" in shown
     assert "connections  1 in the socket lane now, of at most 4,096" in shown
-    assert "of messages from 512 B stay in the lane (defaults" in shown
+    assert "of messages from 1.0 KiB stay in the lane (defaults" in shown
     because = "cannot load: Operation not permitted (libbpf: prog 'x')"
     datapath(monkeypatch, place, paused=True, guards=False, no_guards_because=because)
     main(["status"])

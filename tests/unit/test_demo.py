@@ -149,6 +149,7 @@ def test_report() -> None:
     shown = json.loads(json.dumps(outcome().report()))
     assert shown["congestion_control"] == "cubic"
     assert shown["pinning"] == "both ends on CPU 1"
+    assert shown["guards"] == "attached"
     assert shown["kernel"] == os.uname().release
     assert len(shown["results"]) == 16
     assert shown["results"][0] == {
@@ -163,6 +164,20 @@ def test_report() -> None:
         "kernel_runs": [8.0, 9.0, 10.0],
         "nearpath_runs": [4.0, 5.0, 4.5],
     }
+
+
+def test_a_demo_without_guards_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, among the conditions."""
+    for attached in (True, False):
+        monkeypatch.setattr("nearpath.datapath.loader.is_guarded", lambda _, now=attached: now)
+        shown = outcome()
+        command._print(Outcome(shown.plan, shown.pinning, shown.series, demo._guards(Place())))
+        printed = capsys.readouterr().out
+        lines = [line for line in printed.splitlines() if line.startswith("guards")]
+        assert len(lines) == 1
+        assert ("not attached" in lines[0]) is not attached
 
 
 def test_plan() -> None:

@@ -104,8 +104,9 @@ class Describer:
         Returns:
             ``{"client": side, "server": side}``, a side being ``{"namespace", "name",
             "netns_cookie", "local": {"ip", "port"}, "remote": {"ip", "port"}, "path",
-            "reason", "redirected_messages", "redirected_bytes", "kernel_messages",
-            "kernel_bytes", "idle_seconds"}``; see path_now(). Of a native side the counts
+            "reason", "reader", "redirected_messages", "redirected_bytes", "kernel_messages",
+            "kernel_bytes", "idle_seconds"}``; see path_now(). ``reader`` tells how
+            this side reads: one of tables.READERS. Of a native side the counts
             end when it left, and idle_seconds is null.
         """
         return {name: self._side(connection, side) for side, name in enumerate(SIDES)}
@@ -124,6 +125,7 @@ class Describer:
             "remote": {"ip": address(remote), "port": remote_port},
             "path": path,
             "reason": reason,
+            "reader": connection.reader[side],
             "redirected_messages": connection.redirected_messages[side],
             "redirected_bytes": connection.redirected_bytes[side],
             "kernel_messages": connection.kernel_messages[side],
