@@ -315,7 +315,7 @@ def test_status_for_people(
     assert "deadline" in shown
     assert "guards       attached\n" in shown
     assert "connections  1 in the socket lane now, of at most 4,096" in shown
-    assert "of messages from 1.0 KiB stay in the lane (defaults" in shown
+    assert "of messages from 1024 B stay in the lane (defaults" in shown
     because = "cannot load: Operation not permitted (libbpf: prog 'x')"
     datapath(monkeypatch, place, paused=True, guards=False, no_guards_because=because)
     main(["status"])
