@@ -20,9 +20,12 @@ BUILD_PACKAGES := make:make binutils:objcopy clang:clang llvm:llvm-strip libbpf-
 	libc6-dev python3 python3-venv python3-dev ca-certificates
 CHECK_PACKAGES := shellcheck:shellcheck git:git
 NODE_PACKAGES := containernetworking-plugins containerd:containerd runc:runc podman:podman \
-	qperf:qperf iperf3:iperf3 iproute2:ip iptables:iptables nftables:nft ethtool:ethtool \
+	qperf:qperf iperf3:iperf3 iproute2:ip iptables:iptables nftables:nft ethtool:ethtool haproxy:haproxy \
 	tcpdump:tcpdump strace:strace busybox-static kmod:modprobe \
 	qemu-system-x86:qemu-system-x86_64
+
+# What pytest is told in the VMs of `make kernels`, e.g. "tests/integration -k half_close".
+KERNEL_ARGS ?= tests/integration
 
 SOURCES := $(shell find cni-plugin -name '*.py')
 PROGRAM := dist/nearpath/nearpath
@@ -110,9 +113,9 @@ test: root setup build ## everything: linters, unit, integration, e2e tests, sto
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: kernels
-kernels: root setup build ## the socket lane on stock Debian kernels in VMs (Debian 12, as root)
-	@echo "==> kernels"
-	@$(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+kernels: root setup build ## integration tests on stock Debian kernels in VMs (Debian 12, as root)
+	@echo "==> kernels: $(KERNEL_ARGS)"
+	@$(BIN)/python -m pytest tests/kernels --in-kernels="$(KERNEL_ARGS)" $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: root setup build ## two pods on this node, kernel path against nearpath (as root)

@@ -97,6 +97,17 @@ int nearpath_receive(__u64 *ctx)
 	return 0;
 }
 
+/* A redirect has arrived: it is in the receiver's queue, or has failed. See leave(). */
+SEC("fexit/tcp_bpf_sendmsg_redir")
+int nearpath_delivered(__u64 *ctx) /* (sk of the receiver, ...) */
+{
+	struct socket_facts *own = bpf_sk_storage_get(&facts, (struct sock *)ctx[0], NULL, 0);
+
+	if (own)
+		__sync_fetch_and_add(&own->delivered, 1);
+	return 0;
+}
+
 /*
  * Does the reader ask again after a short read, until it is told EAGAIN? Then it may be
  * edge-triggered and still find what comes behind redirected bytes; see seams in path.h.

@@ -41,7 +41,7 @@ struct socket_facts {
 	__u32 side;
 	__u32 callbacks;  /* bpf_sock_ops_cb_flags of the socket before it joined */
 	__u32 short_read; /* 1: its last read got less than it had asked for */
-	__u32 unused;
+	__u32 delivered;  /* redirects to it that have arrived; counted by the guards alone */
 };
 
 /* One side's view of its connection; network byte order but for the ports. */
@@ -75,6 +75,7 @@ struct connection {
 	__u32 path[2];	    /* enum counter: path of each side's last message, or the reason */
 	__u32 reader[2];    /* enum reader_kind: who was seen to read on each side */
 	__u32 drains;	    /* bit per side: its reader reads on until EAGAIN */
+	__u32 decided[2];   /* redirects of each side so far, also those still on their way */
 	struct endpoint endpoint[2];
 };
 

@@ -195,8 +195,11 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	 * See redirect_in_flight().
 	 */
 	connection->redirected_at[side] = now;
-	if (__sync_fetch_and_add(&connection->leaving, 0) & 1 << peer)
+	connection->decided[side]++;
+	if (__sync_fetch_and_add(&connection->leaving, 0) & 1 << peer) {
+		connection->decided[side]--;
 		return C_PEER_LEFT;
+	}
 	return C_REDIRECTED_MESSAGES;
 }
 

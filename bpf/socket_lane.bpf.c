@@ -300,7 +300,8 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx)
  * its reference and sets redirected_at, a full barrier follows in choose_path(), and then
  * it reads the bit. So either it sees the bit and takes the kernel path, or we see both.
  */
-static __always_inline bool redirect_in_flight(const struct connection *connection, __u32 peer)
+static __always_inline bool redirect_in_flight(const struct connection *connection, __u32 peer,
+					       __u32 delivered)
 {
 	struct sk_psock *psock;
 	struct sock *sk;
@@ -309,6 +310,9 @@ static __always_inline bool redirect_in_flight(const struct connection *connecti
 	if (!connection->redirected_at[peer] || !(connection->joined & 1 << peer))
 		return false;
 	if (bpf_ktime_get_ns() - connection->redirected_at[peer] > IN_FLIGHT_NS)
+		return false;
+	/* With guards we know. */
+	if (delivered == connection->decided[peer])
 		return false;
 	sk = (struct sock *)connection->sk[peer];
 	psock = psock_of(sk);
@@ -354,7 +358,7 @@ static __always_inline enum departure leave(struct bpf_sock_ops *ctx, struct con
 		return STILL_IN;
 	/* From here on the peer takes the kernel path; see redirect_in_flight(). */
 	__sync_fetch_and_or(&connection->leaving, mine);
-	if (redirect_in_flight(connection, !(own->side & 1)) || !queue_empty(sk)) {
+	if (redirect_in_flight(connection, !(own->side & 1), own->delivered) || !queue_empty(sk)) {
 		__sync_fetch_and_and(&connection->leaving, ~mine);
 		return STILL_IN;
 	}
@@ -523,8 +527,10 @@ int nearpath_message(struct sk_msg_md *msg)
 			peer.first = own->connection.second;
 			peer.second = own->connection.first;
 		}
-		if (bpf_msg_redirect_hash(msg, &sockets, &peer, BPF_F_INGRESS) != SK_PASS)
+		if (bpf_msg_redirect_hash(msg, &sockets, &peer, BPF_F_INGRESS) != SK_PASS) {
+			connection->decided[side]--;
 			path = C_REDIRECT_FAILED;
+		}
 	}
 	count_message(connection, own->netns, side, path, msg->size);
 	return SK_PASS;

@@ -62,7 +62,8 @@ class Pods:
         assert status == 0
         assert result is not None
         (record,) = (self.node.run_dir / "attachments").glob(f"{name}@*.json")
-        assert json.loads(record.read_text())["lanes"]["socket"] == {"state": "on", "reason": ""}
+        lane = json.loads(record.read_text())["lanes"]["socket"]
+        assert lane == {"state": "on", "reason": "", "unguarded": True}
 
     def delete(self, name: str) -> None:
         """DEL that must succeed."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+# Multiplies every time-out of the tests, for emulated machines; never what a test measures.
+PATIENCE = float(os.environ.get("NEARPATH_PATIENCE", "1"))
 # Enough to see what happened, short enough to read in a test report.
 _SHOWN = 4000
 
@@ -41,7 +43,7 @@ def run(
 
     Args:
         command: program and arguments; no shell.
-        timeout: seconds; the whole process group is killed afterwards.
+        timeout: seconds, times PATIENCE; the whole process group is killed afterwards.
         check: raise on an exit status other than 0.
         text: standard input.
         env: the whole environment; None: ours.
@@ -49,6 +51,7 @@ def run(
     Raises:
         CommandError: it failed (with ``check``), is missing, or took too long.
     """
+    timeout *= PATIENCE
     shown = shlex.join(os.fspath(part) for part in command)
     try:
         process = subprocess.Popen(
@@ -100,8 +103,10 @@ def wait_until(condition: Callable[[], object], what: str, timeout: float = 10) 
     """Poll until ``condition()`` is true.
 
     Raises:
-        CommandError: it did not become true within ``timeout`` seconds; names ``what``.
+        CommandError: it did not become true within ``timeout`` seconds, times PATIENCE; names
+            ``what``.
     """
+    timeout *= PATIENCE
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 MESSAGES = 300
 SIZE = 100
-# What the kernel path may carry of an accelerated conversation: the first message of each
-# direction (the peer has not joined yet, or it is probation, DESIGN 2.2) …
-FIRST_MESSAGES = 2
+# What the kernel path may carry of an accelerated conversation: the first messages of each
+# direction (the peer has not joined yet, it is probation, or its reader has not been seen to
+# wait, for whoever reads so soon after writing need not) …
+FIRST_MESSAGES = 40
 # … the server's farewell, which follows the client's half-close, …
 FAREWELL = 1
 # … and, once per revalidate interval, one message of each direction.
@@ -60,7 +61,8 @@ class Watched:
         self._assert_right()
         allowed = FIRST_MESSAGES + 2 * int(self.talk.seconds / REVALIDATE_SECONDS)
         # MESSAGES requests and as many answers; the farewell may take either path.
-        assert 2 * MESSAGES - allowed <= self.redirected <= 2 * MESSAGES + FAREWELL
+        least, most = 2 * MESSAGES - allowed, 2 * MESSAGES + FAREWELL
+        assert least <= self.redirected <= most, f"{self.redirected} of {least} to {most}"
         for seen in self.views:
             assert seen.payload_segments <= allowed + FAREWELL
             assert seen.payload_bytes <= (allowed + FAREWELL) * SIZE

@@ -68,11 +68,23 @@ def converse(
 
 
 def pour(
-    client: Sequence[str], server: Sequence[str], address: str, *, total: int, size: int
+    client: Sequence[str],
+    server: Sequence[str],
+    address: str,
+    *,
+    total: int,
+    size: int,
+    listen: int = 0,
+    port: int = 0,
 ) -> Conversation:
-    """One way: ``total`` bytes in writes of ``size``, then half-close, then one answer."""
-    what = {"address": address, "port": 0, "bytes": total, "size": size}
-    return _talk(client, server, "pour", what, 0)
+    """One way: ``total`` bytes in writes of ``size``, then half-close, then one answer.
+
+    Args:
+        listen: port of the server; 0: any.
+        port: that the client connects to, if that is not the server's.
+    """
+    what = {"address": address, "port": port, "bytes": total, "size": size}
+    return _talk(client, server, "pour", what, listen)
 
 
 def _talk(

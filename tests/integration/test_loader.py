@@ -110,6 +110,7 @@ def test_an_operators_unload_lasts(place: Place) -> None:
     assert loader.describe(place)["loaded"]
 
 
+@pytest.mark.smoke
 def test_unload_loses_nothing_of_live_connections(lab: Lab) -> None:
     """Unread redirected bytes are still read; the maps go with the last socket."""
     client, server = lab.pair()

@@ -108,6 +108,7 @@ def test_an_idle_connection_goes_by_the_kernel_path_first(lab: Lab) -> None:
     assert (lab.reason("revalidate"), lab.redirected) == (1, 1)
 
 
+@pytest.mark.smoke
 def test_a_new_rule_stops_a_busy_connection_and_its_removal_frees_it(lab: Lab) -> None:
     """Dropped on the kernel path, the connection stays there until TCP gets through again."""
     settings.write(lab.place, revalidate_ms=int(INTERVAL * 1000))

@@ -72,7 +72,6 @@ def test_a_conversation_takes_the_lane(lab: Lab, address: str) -> None:
     assert lab.reason("joined") == 2
 
 
-@pytest.mark.smoke
 def test_without_the_lane_the_veth_sees_everything(lab: Lab) -> None:
     """The control: the same conversation of pods that do not take part."""
     lab.register(enabled=False)
@@ -408,7 +407,6 @@ def _write_after(client: socket.socket) -> list[str]:
     return outcome
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("end", [_reset, _close])
 def test_a_closed_peer_looks_the_same(
     lab: Lab, end: Callable[[socket.socket, socket.socket], None]

@@ -1,4 +1,4 @@
-"""The marker of the tests on stock kernels."""
+"""How much of the tests runs on each stock kernel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     import pytest
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
-    config.addinivalue_line("markers", "kernels: boots a distribution's kernel in an emulator")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the virtual machines."""
+    group = parser.getgroup("kernels", "tests on stock kernels in virtual machines")
+    group.addoption(
+        "--in-kernels",
+        default="-m smoke tests/integration",
+        metavar="ARGUMENTS",
+        help="arguments of pytest in the virtual machines (default: %(default)s)",
+    )

@@ -41,7 +41,7 @@ def entry(
     **changes: Any,
 ) -> Connection:
     """An entry as the programs write it: packed and unpacked by the real format."""
-    fields: list[Any] = [0] * 45
+    fields: list[Any] = [0] * 47
     now = time.monotonic_ns()
     fields[2:4] = cookies
     fields[4:6] = (now - 2_000_000_000, now - 3_000_000_000)
@@ -51,7 +51,7 @@ def entry(
     fields[14:16] = (100, 400) if messages else (0, 0)
     fields[19] = tables.BOTH
     fields[28:30] = (COUNTERS.index(path) for path in paths)
-    for start, (local, local_port, remote, remote_port) in ((33, client), (39, server)):
+    for start, (local, local_port, remote, remote_port) in ((35, client), (41, server)):
         family = socket.AF_INET6 if ":" in local else socket.AF_INET
         fields[start : start + 6] = (
             *(packed(local), packed(remote)),

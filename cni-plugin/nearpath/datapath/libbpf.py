@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
+# Programs of ours that older kernels refuse, for they lack what these attach to.
+YOUNG = frozenset({"nearpath_bpf_ioctl"})
+
 # linux/bpf.h
 ATTACH_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS
 ATTACH_SK_MSG = 7  # BPF_SK_MSG_VERDICT

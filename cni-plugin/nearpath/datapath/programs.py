@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _OBJECT = "socket_lane"
 _GUARDS = "guards"
-_YOUNG_GUARDS = frozenset({"nearpath_bpf_ioctl"})  # of functions that older kernels lack
 _SOCKOPS = "nearpath_sockops"
 _MESSAGE = "nearpath_message"
 
@@ -68,7 +67,7 @@ def attach_guards(place: Place) -> bool:
         True if they are attached.
     """
     problem = ""
-    for left_out in (frozenset[str](), _YOUNG_GUARDS):
+    for left_out in (frozenset[str](), libbpf.YOUNG):
         try:
             _attach_guards(place, left_out)
         except BpfError as error:

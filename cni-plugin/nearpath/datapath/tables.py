@@ -66,7 +66,7 @@ _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
 _SEQUENCES = struct.Struct("=II")
 # struct connection: eight pairs of u64, then as named; two struct endpoint at the end.
-_CONNECTION = struct.Struct("=16Q3Q5I2I2I2I2II" + 2 * "16s16s4H")
+_CONNECTION = struct.Struct("=16Q3Q5I2I2I2I2II2I" + 2 * "16s16s4H")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 _NETNS, _NETNS_AT = struct.Struct("=2Q"), 2 * 8
 _JOINED, _JOINED_AT = struct.Struct("=I"), 19 * 8
@@ -125,7 +125,7 @@ class Connection:
         self.blocked = tuple(_name(number) for number in fields[26:28])
         self.path = tuple(COUNTERS[number] for number in fields[28:30])
         self.reader = tuple(READERS[number] for number in fields[30:32])
-        self.endpoints = _endpoint(*fields[33:39]), _endpoint(*fields[39:45])
+        self.endpoints = _endpoint(*fields[35:41]), _endpoint(*fields[41:47])
 
 
 def _name(number: int) -> str:

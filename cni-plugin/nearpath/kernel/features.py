@@ -143,12 +143,17 @@ def refused_programs(name: str) -> str:
     path = bundle.object_path(name)
     if not os.path.exists(path):
         return f"{path} is not there; run `make bpf`"
-    try:
-        with libbpf.Object(path) as built:
-            built.load()
-    except BpfError as error:
-        return str(error)
-    return ""
+    problem = ""
+    for left_out in (frozenset[str](), libbpf.YOUNG):
+        try:
+            with libbpf.Object(path) as built:
+                built.leave_out(left_out)
+                built.load()
+        except BpfError as error:
+            problem = problem or str(error)
+        else:
+            return ""
+    return problem
 
 
 def sock_ops_programs(cgroup: str) -> list[str]:

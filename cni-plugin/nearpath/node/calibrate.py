@@ -241,7 +241,8 @@ def _datapath(place: Place) -> Iterator[None]:
     try:
         loader.ensure(place, 1024)
         # What is asked is what a stream gains that stays in the lane.
-        settings.write(place, stream_messages=0, probation=0)
+        # Nothing leaves, and nothing waits until it is known how the workers read.
+        settings.write(place, stream_messages=0, probation=0, careful=0)
         yield
     finally:
         if os.path.isdir(place.pin_dir):
