@@ -117,6 +117,11 @@ kernels: root setup build ## integration tests on stock Debian kernels in VMs (D
 	@echo "==> kernels: $(KERNEL_ARGS)"
 	@$(BIN)/python -m pytest tests/kernels --in-kernels="$(KERNEL_ARGS)" $(PYTEST_ARGS)
 
+.PHONY: soak
+soak: root setup build ## random socket programs on both paths, for an hour (SOAK_ARGS="--minutes 600")
+	@echo "==> soak"
+	@PYTHONPATH=cni-plugin:tests $(BIN)/python -m torture $(or $(SOAK_ARGS),--minutes 60)
+
 .PHONY: demo
 demo: root setup build ## two pods on this node, kernel path against nearpath (as root)
 	@echo "==> demo"
