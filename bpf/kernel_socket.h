@@ -131,7 +131,8 @@ __noinline int kind_of_reader(__u64 address)
 			poll = (void *)entry - bpf_core_field_offset(struct poll_table_entry, wait);
 			events = BPF_CORE_READ(poll, key);
 		} else if (wake != &woken_wake_function) {
-			return CAREFUL;
+			/* Not known, or no waiter any more: nothing can be told. */
+			return NOBODY;
 		}
 		if (events & (EPOLLET | EPOLLRDHUP))
 			return CAREFUL;

@@ -82,8 +82,8 @@ struct connection {
 /*
  * Who reads from a socket; see seams in path.h. PATIENT: a task in recvmsg, poll, select, or
  * epoll that reports as long as there is something to read. CAREFUL: edge-triggered epoll, or
- * one that asks for the end of the stream (EPOLLRDHUP), or somebody we do not know. NOBODY
- * waits at this moment.
+ * one that asks for the end of the stream (EPOLLRDHUP). NOBODY waits at this moment, or
+ * somebody that we do not know.
  */
 enum reader_kind {
 	NOBODY,

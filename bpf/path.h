@@ -87,6 +87,9 @@ static __always_inline enum counter reader_is_patient(struct connection *connect
 	    connection->path[side] == C_REDIRECTED_MESSAGES)
 		return C_REDIRECTED_MESSAGES;
 	kind = kind_of_reader(connection->sk[reader]);
+	/* Seen through a waiter that was just going away? Careful is for ever, so look again. */
+	if (kind == CAREFUL && kind_of_reader(connection->sk[reader]) != CAREFUL)
+		kind = NOBODY;
 	if (kind == NOBODY)
 		kind = connection->reader[reader];
 	else

@@ -20,7 +20,7 @@ SIZE = 100
 # What the kernel path may carry of an accelerated conversation: the first messages of each
 # direction (the peer has not joined yet, it is probation, or its reader has not been seen to
 # wait, for whoever reads so soon after writing need not) …
-FIRST_MESSAGES = 40
+FIRST_MESSAGES = 150
 # … the server's farewell, which follows the client's half-close, …
 FAREWELL = 1
 # … and, once per revalidate interval, one message of each direction.

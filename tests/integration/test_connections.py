@@ -210,4 +210,4 @@ def test_pause_resume_and_settings_commands(
     status = says("status")
     assert status["maps"]["sockets"] == 2 * status["maps"]["connections"]
     assert status["guards"]["attached"] or status["guards"]["because"]
-    assert status["streams"] == {"from": 512, "to": settings.ANY_SIZE, "source": "default"}
+    assert status["streams"] == {"from": 1024, "to": settings.ANY_SIZE, "source": "default"}

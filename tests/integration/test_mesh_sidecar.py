@@ -52,6 +52,7 @@ A, B = 0, 1
 ROUTED = pytest.mark.parametrize("routed", [False, True], ids=["bridged", "routed"])
 CONNECTIONS = 30
 UPLOADS = 200
+SMALL = 20
 TOTAL = 20_000_000
 WRITE = 16_384
 
@@ -325,8 +326,13 @@ def test_uploads_that_end_with_a_half_close(production: Lane, node: Node) -> Non
     """Bursts of up to 300 KB, then the end of the stream: the proxies cut none of them short.
 
     A proxy that took a short read for the end lost the tail of 2 to 6 in 100 of these when
-    redirected bytes were followed by bytes of the kernel path.
+    redirected bytes were followed by bytes of the kernel path. Small requests come first: what
+    is learnt from how they are read must not be taken for how uploads are.
     """
+    for _ in range(SMALL):
+        client, server = connect(node)
+        with client, server:
+            mesh.talk(client, server, 30)
     content = random.Random(1)
     for _ in range(UPLOADS):
         parts = [

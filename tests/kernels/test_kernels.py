@@ -56,8 +56,8 @@ def guests(
 
 def _series(item: pytest.Item) -> str:
     """The kernel of one of our own tests; empty for any other."""
-    parameters = item.callspec.params if isinstance(item, pytest.Function) else {}
-    return str(parameters.get("series", ""))
+    call = getattr(item, "callspec", None)  # of parametrised tests alone
+    return str(call.params.get("series", "")) if call else ""
 
 
 @pytest.mark.kernels
