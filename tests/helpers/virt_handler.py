@@ -167,17 +167,19 @@ def bridge_binding(
         queues=queues,
     )
     bound = plug_tap(bound)
-    batch(
-        netns,
-        [
-            # Never set up: it only answers to a runtime's CHECK.
-            f"link add {interface} address {pod['address']} mtu {pod['mtu']} type dummy",
-            *(f"address add {address} dev {interface}" for address in addresses),
-        ],
-    )
+    # Never set up: it only answers to a runtime's CHECK.
+    _add_dummy(netns, f"{interface} address {pod['address']} mtu {pod['mtu']}")
+    batch(netns, [f"address add {address} dev {interface}" for address in addresses])
     if server:
         _sysctl(netns, "net/ipv4/conf/all/arp_ignore", "1")
     return bound
+
+
+def _add_dummy(netns: str, device: str) -> None:
+    """A dummy, or what comes closest on a kernel without them: an ifb without a source."""
+    words = [*inside(netns), "ip", "link", "add", *device.split(), "type"]
+    if run([*words, "dummy"], check=False).returncode:
+        run([*words, "ifb"])
 
 
 def plug_tap(bound: Bound) -> Bound:
@@ -215,6 +217,7 @@ def tear_down(bound: Bound) -> None:
     """Unplug, and give the NIC its name, MAC and addresses back."""
     unplug(bound)
     if bound.names.nic == bound.names.pod:
+        run([*inside(bound.netns), "nft", "delete", "table", "ip", "nat"], check=False)
         return
     nic, pod = bound.names.nic, bound.names.pod
     batch(
