@@ -27,11 +27,14 @@ YOUNG = frozenset({"nearpath_bpf_ioctl"})
 # linux/bpf.h
 ATTACH_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS
 ATTACH_SK_MSG = 7  # BPF_SK_MSG_VERDICT
+_ATTACH_TCX_INGRESS = 46  # BPF_TCX_INGRESS, since Linux 6.6
 _QUERY_EFFECTIVE = 1  # BPF_F_QUERY_EFFECTIVE
 _ALLOW_MULTI = 2  # BPF_F_ALLOW_MULTI
 _NAME = 16  # BPF_OBJ_NAME_LEN
 _PROG_INFO_NAME = 64  # offset of name in struct bpf_prog_info
 _PROG_INFO_SIZE = 80
+_PROG_INFO_MAPS = 52  # offset of nr_map_ids, then the address of the array
+_MAP_INFO_NAME = 24  # offset of name in struct bpf_map_info
 
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     # name: (result, *arguments)
@@ -58,6 +61,8 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "bpf_map__fd": (c_int, c_void_p),
     "bpf_map__set_max_entries": (c_int, c_void_p, c_uint32),
     "bpf_map__set_pin_path": (c_int, c_void_p, c_char_p),
+    "bpf_map__set_initial_value": (c_int, c_void_p, c_char_p, c_size_t),
+    "bpf_map_get_fd_by_id": (c_int, c_uint32),
     "bpf_raw_tracepoint_open": (c_int, c_char_p, c_int),
     "bpf_program__set_autoload": (c_int, c_void_p, c_bool),
     "bpf_program__name": (c_char_p, c_void_p),
@@ -191,6 +196,17 @@ class Object:
                 result = _lib.bpf_map__set_max_entries(item, entries[name])
                 _check(f"set the size of map {name}", result)
 
+    def set_constants(self, content: bytes) -> None:
+        """Fill in the object's ``const volatile`` data, before load().
+
+        Args:
+            content: all of it, as long as the source says.
+        """
+        for item in self._walk("bpf_object__next_map"):
+            if _lib.bpf_map__name(item).endswith(b".rodata"):
+                result = _lib.bpf_map__set_initial_value(item, content, len(content))
+                _check(f"set the constants of {self._path}", result)
+
     def leave_out(self, names: frozenset[str]) -> None:
         """Do not load these programs."""
         for item in self._walk("bpf_object__next_program"):
@@ -278,17 +294,49 @@ def cgroup_programs(cgroup: str, effective: bool = True) -> list[dict[str, objec
 
 
 def _program_name(number: int) -> str:
-    descriptor = _lib.bpf_prog_get_fd_by_id(number)
-    if descriptor < 0:
+    info = ctypes.create_string_buffer(_PROG_INFO_SIZE)
+    if not _information(_lib.bpf_prog_get_fd_by_id(number), info, close=True):
         return ""
-    try:
-        info, size = ctypes.create_string_buffer(_PROG_INFO_SIZE), c_uint32(_PROG_INFO_SIZE)
-        if _lib.bpf_obj_get_info_by_fd(descriptor, info, size) < 0:
-            return ""
-        name = info.raw[_PROG_INFO_NAME : _PROG_INFO_NAME + _NAME]
-        return name.partition(b"\0")[0].decode("utf-8", "replace")
-    finally:
+    name = info.raw[_PROG_INFO_NAME : _PROG_INFO_NAME + _NAME]
+    return name.partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def map_of_program(number: int, name: str) -> Descriptor | None:
+    """The map of this name that the program with this ID uses; None: no such one (any more)."""
+    ids, most = (c_uint32 * 8)(), 8
+    info = ctypes.create_string_buffer(_PROG_INFO_SIZE)
+    c_uint32.from_buffer(info, _PROG_INFO_MAPS).value = most
+    ctypes.c_uint64.from_buffer(info, _PROG_INFO_MAPS + 4).value = ctypes.addressof(ids)
+    if not _information(_lib.bpf_prog_get_fd_by_id(number), info, close=True):
+        return None
+    count = c_uint32.from_buffer(info, _PROG_INFO_MAPS).value
+    for map_number in ids[: min(count, most)]:
+        found = _lib.bpf_map_get_fd_by_id(map_number)
+        about = ctypes.create_string_buffer(_PROG_INFO_SIZE)
+        if _information(found, about, close=False):
+            called = about.raw[_MAP_INFO_NAME : _MAP_INFO_NAME + _NAME].partition(b"\0")[0]
+            if called == name.encode():
+                return Descriptor(found, name)
+            os.close(found)
+    return None
+
+
+def _information(descriptor: int, info: ctypes.Array[ctypes.c_char], *, close: bool) -> bool:
+    """Fill in the bpf_…_info of an object; False if there is no such object."""
+    if descriptor < 0:
+        return False
+    size = c_uint32(len(info))
+    told: int = _lib.bpf_obj_get_info_by_fd(descriptor, info, size)
+    if close or told < 0:
         os.close(descriptor)
+    return told >= 0
+
+
+def has_tcx(index: int) -> bool:
+    """True if a device of our namespace has tcx programs at ingress (none before Linux 6.6)."""
+    ids, count, flags = (c_uint32 * 1)(), c_uint32(0), c_uint32()
+    result = _lib.bpf_prog_query(index, _ATTACH_TCX_INGRESS, 0, flags, ids, count)
+    return result >= 0 and count.value > 0
 
 
 # enum bpf_prog_type, bpf_map_type and bpf_func_id of linux/bpf.h: those doctor asks for.
