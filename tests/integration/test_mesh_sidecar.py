@@ -282,7 +282,8 @@ def production(place: Place, node: Node, *, careful: bool) -> Iterator[Lane]:
     lane = load(place)
     _settings_of_production(lane, 200)
     lane.register(*node.pods)
-    with sidecar(node.pods[A], careful=careful), sidecar(node.pods[B], careful=careful):
+    proxy = "haproxy epoll" if careful else "haproxy select"
+    with sidecar(node.pods[A], proxy=proxy), sidecar(node.pods[B], proxy=proxy):
         yield lane
 
 

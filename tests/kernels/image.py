@@ -38,7 +38,7 @@ PROGRAMS = (
     *("ip", "ss", "tc", "nft", "nsenter", "unshare", "ethtool", "conntrack", "ipset", "strace"),
     *("iptables", "iptables-save", "iptables-restore"),
     *("ip6tables", "ip6tables-save", "ip6tables-restore"),
-    *("modprobe", "haproxy", "tcpdump", "nice", "taskset", "timeout"),
+    *("modprobe", "haproxy", "setpriv", "tcpdump", "nice", "taskset", "timeout"),
     "libbpf.so.1",
 )
 # Loaded by other names or by dlopen(3); patterns.

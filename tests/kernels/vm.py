@@ -124,7 +124,9 @@ def _emulator(kernel: Path, initrd: Path, console: Path, output: Path) -> list[s
     )
     return [
         "qemu-system-x86_64",
-        *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(_MEMORY)),
+        # One thread for both processors: with several, one may go on executing code that another
+        # has patched, and a function that gets or loses its fentry spins for ever.
+        *("-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", str(_MEMORY)),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-serial", f"file:{console}", "-serial", f"file:{output}"),
         *("-kernel", str(kernel), "-initrd", str(initrd), "-append", arguments),
