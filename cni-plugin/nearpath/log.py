@@ -35,15 +35,23 @@ class Log:
         context: what the lines are about, e.g. ``ADD 3f2a…/eth0 shop/cart``.
         level: the least severe level that is written: info, warning or error.
         quiet: no copy on stderr.
+        echo: copy info lines there too, for somebody who looks on.
     """
 
     def __init__(
-        self, place: Place, context: str = "", *, level: str = "info", quiet: bool = False
+        self,
+        place: Place,
+        context: str = "",
+        *,
+        level: str = "info",
+        quiet: bool = False,
+        echo: bool = False,
     ) -> None:
         self._place = place
         self.context = context
         self._wanted = _LEVELS[_LEVELS.index(level) :]
         self._quiet = quiet
+        self._echo = echo
 
     def info(self, message: str) -> None:
         """Something that an operator may want to see afterwards."""
@@ -65,7 +73,7 @@ class Log:
         text = plain(text)[:4000]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = f"{stamp} {level} [{os.getpid()}] {text}\n".encode("utf-8", "backslashreplace")
-        if not self._quiet and level != "info":
+        if not self._quiet and (self._echo or level != "info"):
             try:
                 sys.stderr.write(f"nearpath: {level}: {text}\n")
                 sys.stderr.flush()

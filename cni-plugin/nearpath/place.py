@@ -79,6 +79,29 @@ class Place:
         return f"{self.run_dir}/lock"
 
     @property
+    def vms_dir(self) -> str:
+        """Directory with what is known of each virtual machine's pod; see lanes/vm_state.py."""
+        return f"{self.run_dir}/vms"
+
+    @property
+    def vms_lock_file(self) -> str:
+        """flock(2) target: changing anything in the namespaces of virtual machines' pods."""
+        return f"{self.run_dir}/vms.lock"
+
+    @property
+    def watcher_file(self) -> str:
+        """flock(2) target of the one watcher of this node; holds its process ID.
+
+        There is none while there are no virtual machines' pods.
+        """
+        return f"{self.run_dir}/watcher"
+
+    @property
+    def taps_paused_file(self) -> str:
+        """Marker: an operator paused nearpath, so no tap takes the tap lane."""
+        return f"{self.run_dir}/taps-paused"
+
+    @property
     def log_file(self) -> str:
         """The plugin's log; see nearpath.log."""
         return f"{self.run_dir}/nearpath.log"

@@ -147,28 +147,41 @@ def _same_file(descriptor: int, path: str) -> bool:
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
+class LockedError(StateError):
+    """Somebody else holds a lock, and waiting was not wanted."""
+
+
 class Lock:
-    """The node lock: an exclusive flock(2), released by the kernel if we are killed.
+    """An exclusive flock(2), released by the kernel if we are killed.
 
     Waits without a limit of its own; the command's deadline interrupts the wait.
+
+    Args:
+        path: of the file in the run directory; empty: the node lock.
+        wait: for whoever holds it; otherwise entering raises LockedError.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, path: str = "", *, wait: bool = True) -> None:
         self._place = place
+        self._path = path or place.lock_file
+        self._how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         self._descriptor = -1
 
     def __enter__(self) -> Lock:
         secure_dir(self._place.run_dir)
-        path = self._place.lock_file
+        path = self._path
         try:
             self._descriptor = _open_lock(path)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            fcntl.flock(self._descriptor, self._how)
             # Its last holder may have removed the directory, and the file with it.
             while not _same_file(self._descriptor, path):
                 os.close(self._descriptor)
                 secure_dir(self._place.run_dir)
                 self._descriptor = _open_lock(path)
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+                fcntl.flock(self._descriptor, self._how)
+        except BlockingIOError as error:
+            self.__exit__(None, None, None)
+            raise LockedError(f"{path} is locked") from error
         except OSError as error:
             self.__exit__(None, None, None)
             raise StateError(f"cannot lock {path}: {error.strerror}") from error
@@ -186,6 +199,11 @@ class Lock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def note(self, text: str) -> None:
+        """Replace the content of the locked file, for whoever finds it locked."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode(), 0)
 
 
 def save(place: Place, record: dict[str, Any]) -> None:

@@ -27,24 +27,28 @@ class FakeDoors(Doors):
         namespaces: path to cookie; any other path does not exist.
         loaded: the datapath is loaded.
         guarded: its guards are attached.
+        watchers: how many watchers of virtual machines were asked for.
+        withdrawn: cookies of virtual machines' pods that were undone.
         room: what each prepare() was told of connections.
         pods: registered cookies.
         broken: method name to what to do instead of it (raise, sleep).
         calls: names of the methods called, in order.
         places: of all calls.
-        watch: called before every change with the method's name.
+        before: called before every change with the method's name.
     """
 
     def __init__(self, namespaces: dict[str, int] | None = None, *, loaded: bool = True) -> None:
         self.namespaces = {"/run/netns/a": 1001} if namespaces is None else namespaces
         self.loaded = loaded
         self.guarded = True
+        self.watchers = 0
+        self.withdrawn: list[int] = []
         self.room: list[int] = []
         self.pods: set[int] = set()
         self.broken: dict[str, Callable[[], object]] = {}
         self.calls: list[str] = []
         self.places: set[Place | None] = set()
-        self.watch: Callable[[str], None] = lambda _: None
+        self.before: Callable[[str], None] = lambda _: None
 
     def break_with(self, method: str, error: BaseException) -> None:
         """Let a method raise from now on."""
@@ -57,7 +61,7 @@ class FakeDoors(Doors):
     def _enter(self, method: str, place: Place | None = None) -> None:
         self.places |= {place} - {None}
         self.calls.append(method)
-        self.watch(method)
+        self.before(method)
         if method in self.broken:
             self.broken[method]()
 
@@ -108,3 +112,12 @@ class FakeDoors(Doors):
     def registered(self, place: Place) -> list[int]:
         self._enter("registered", place)
         return sorted(self.pods)
+
+    def watch(self, place: Place) -> bool:
+        self._enter("watch", place)
+        self.watchers += 1
+        return self.watchers == 1
+
+    def withdraw(self, place: Place, cookie: int, path: str) -> None:
+        self._enter("withdraw", place)
+        self.withdrawn.append(cookie)

@@ -74,7 +74,7 @@ def test_record_is_written_before_the_kernel_changes(plugin: Plugin) -> None:
         record = plugin.record()
         states[method] = record and record["lanes"]["socket"]["state"]
 
-    plugin.doors.watch = watch
+    plugin.doors.before = watch
     plugin.ok("ADD")
     assert states["inspect"] is None
     assert states["prepare"] == states["register"] == "on"
@@ -127,7 +127,7 @@ def test_old_registration_goes_before_its_record(plugin: Plugin) -> None:
             assert record is not None
             seen.append(record["netns_cookie"])
 
-    plugin.doors.watch = watch
+    plugin.doors.before = watch
     plugin.call("ADD", CNI_NETNS="/run/netns/b")
     assert seen == [1001]
 

@@ -292,7 +292,10 @@ def test_status_json(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
         "unloaded_by_operator": False,
         "pods": 2,
         "pods_on_lane": 1,
-        "lanes": {"socket": COUNTERS},
+        "lanes": {
+            "socket": COUNTERS,
+            "tap": {"pods": 0, "taps": 0, "taps_on_lane": 0, "watcher": 0, "paused": False},
+        },
         "failures": {"no-btf": 1},
         "guards": {"attached": True, "because": ""},
         "maps": MAPS,
@@ -582,5 +585,5 @@ def test_every_group_is_there() -> None:
     """A module of commands that nobody adds would be dead."""
     modules = {path.stem for path in Path(command_line.__file__).parent.glob("*.py")}
     assert modules == {"__init__", "main", "output"} | {
-        *("show", "connections", "doctor", "switch", "settings", "calibrate", "demo")
+        *("show", "connections", "doctor", "switch", "settings", "calibrate", "demo", "taps")
     }

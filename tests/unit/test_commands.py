@@ -69,7 +69,7 @@ def test_record_goes_last(plugin: Plugin) -> None:
     """While DEL unregisters, the record is still there for a DEL after a crash."""
     plugin.ok("ADD")
     seen: list[bool] = []
-    plugin.doors.watch = lambda method: (
+    plugin.doors.before = lambda method: (
         seen.append(plugin.record() is not None) if method == "unregister" else None
     )
     plugin.ok("DEL")
@@ -334,10 +334,10 @@ def test_every_step_can_be_the_last(plugin: Plugin) -> None:
                 if len(plugin.doors.calls) > step:
                     raise Killed
 
-            plugin.doors.watch = kill
+            plugin.doors.before = kill
             code, _ = plugin.call("ADD")
             assert code == 1
-            plugin.doors.watch = lambda _: None
+            plugin.doors.before = lambda _: None
             for command in then:
                 plugin.ok(command)
             assert plugin.leftovers() == []

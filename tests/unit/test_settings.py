@@ -115,8 +115,8 @@ def test_pause_and_resume(live: dict[str, int], capsys: pytest.CaptureFixture[st
         (["pause"], 1, "paused already"),
         (["resume"], 0, "resumed"),
         (["resume"], 0, "was not paused"),
-        (["pause", "--json"], 1, '{\n  "paused": true,\n  "changed": true\n}'),
-        (["resume", "--json"], 0, '{\n  "paused": false,\n  "changed": true\n}'),
+        (["pause", "--json"], 1, '{\n  "paused": true,\n  "changed": true,\n  "failed": 0\n}'),
+        (["resume", "--json"], 0, '{\n  "paused": false,\n  "changed": true,\n  "failed": 0\n}'),
     ):
         assert main(words) == 0
         assert capsys.readouterr().out == f"{text}\n"

@@ -12,13 +12,13 @@ import io
 import os
 import sys
 
-from nearpath.cli import calibrate, connections, demo, doctor, settings, show, switch
+from nearpath.cli import calibrate, connections, demo, doctor, settings, show, switch, taps
 from nearpath.cli.output import EXIT_FAILED, EXIT_USAGE
 from nearpath.errors import NearpathError
 from nearpath.node.interrupt import Interrupted
 
 _DESCRIPTION = """\
-TCP between pods on one node without the detour through the network stack.
+Pods and virtual machines of one node, without the detour through the network stack.
 
 Called by a container runtime (CNI_COMMAND is set) this program is the CNI plugin
 "nearpath"; called by you it shows and controls what the plugin does on this node.
@@ -29,6 +29,7 @@ examples:
   nearpath status                is the datapath loaded, and how much goes through it
   nearpath pods                  which pods are accelerated, and why others are not
   nearpath connections           what is in the lane now, and by which path it goes
+  nearpath tap-lane              virtual machines: what has the tap lane, and why others have not
   nearpath pause                 off at once, keeping everything loaded; `resume` reverses
   nearpath unload                switch it off, keeping all connections; `load` reverses
   nearpath calibrate             measure which streams this node carries faster in the lane
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for group in (show, connections, doctor, switch, settings, calibrate, demo):
+    for group in (show, connections, taps, doctor, switch, settings, calibrate, demo):
         group.add(commands)
     return parser
 

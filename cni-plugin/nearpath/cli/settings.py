@@ -49,10 +49,11 @@ def add(commands: output.Commands) -> None:
         commands,
         "pause",
         "every message takes the kernel path, at once; `resume` reverses",
-        "Pause the lane: no socket joins any more and every message takes the kernel path from\n"
-        "now on. Established connections go on and lose nothing; what was redirected before is\n"
-        "read first. Programs and maps stay, so `nearpath resume` takes effect at once, also for\n"
-        "the connections that are in the lane; those made meanwhile stay on the kernel path.",
+        "Pause the lanes: no socket joins any more and every message takes the kernel path from\n"
+        "now on, and frames of virtual machines pass their bridge again. Established\n"
+        "connections go on and lose nothing; what was redirected before is read first. Programs\n"
+        "and maps stay, so `nearpath resume` takes effect at once, also for the connections\n"
+        "that are in the lane; those made meanwhile stay on the kernel path.",
         "example:\n  nearpath pause && nearpath status\n\n"
         "To take nearpath out for good, use `nearpath unload`. A pause ends with `resume`, with\n"
         "`load`, and with the node.\n\n"
@@ -183,10 +184,22 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _switch(arguments: argparse.Namespace, paused: int) -> int:
-    before = _write(output.root_place(), {"paused": paused})
-    changed = before["paused"] != paused
+    from nearpath.datapath import loader
+    from nearpath.node import taps
+
+    place = output.root_place()
+    machines = taps.totals(place)
+    changed = machines["paused"] != bool(paused) if machines["pods"] else False
+    # A node may have virtual machines and no datapath, if its kernel has no use for one.
+    if loader.is_loaded(place) or not machines["pods"]:
+        changed = _write(place, {"paused": paused})["paused"] != paused
+    failed = taps.pause(place, paused=bool(paused))
     if arguments.json:
-        output.print_json({"paused": bool(paused), "changed": changed})
+        output.print_json({"paused": bool(paused), "changed": changed, "failed": len(failed)})
     else:
         print(_SAID[bool(paused), changed])
+    if failed:
+        raise NearpathError(
+            f"{len(failed)} virtual machines not yet: {next(iter(failed.values()))}"
+        )
     return output.EXIT_DONE

@@ -104,7 +104,9 @@ def add(commands: output.Commands) -> None:
         "  unloaded-by-operator  somebody ran `nearpath unload`\n"
         "  paused                `nearpath pause`: every message takes the kernel path\n"
         "  not-registered        the programs do not know it; `nearpath load` repairs that\n"
-        "  others                ADD failed: see the log, /run/nearpath/nearpath.log",
+        "  others                ADD failed: see the log, /run/nearpath/nearpath.log\n\n"
+        "Virtual machines (KubeVirt) have a second table, that of `nearpath tap-lane`, which\n"
+        "explains it.",
     )
     output.add_json(parser)
     parser.set_defaults(run=_pods)
@@ -184,6 +186,7 @@ def _print_status(shown: dict[str, Any]) -> None:
         ),
         ("by kernel", f"{lane['kernel_messages']:,} messages, {size(lane['kernel_bytes'])}"),
     ]
+    rows += _machines(shown["lanes"]["tap"])
     if shown["draining"]:
         rows.append(("draining", f"{shown['draining']} sockets of an unloaded datapath"))
     for name, value in rows:
@@ -196,6 +199,19 @@ def _print_status(shown: dict[str, Any]) -> None:
         print("\nfailures since boot (pods that stayed on the kernel path, and the like)")
         for name, count in sorted(shown["failures"].items()):
             print(f"  {count:>12,}  {output.plain(name)}")
+
+
+def _machines(tap: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines of the status about virtual machines; none if there are none."""
+    if not tap["pods"]:
+        return []
+    text = f"{tap['pods']} pods, {tap['taps_on_lane']} of {tap['taps']} taps on the tap lane"
+    if tap["paused"]:
+        text += " (paused; `nearpath resume`)"
+    watcher = f"process {tap['watcher']}" if tap["watcher"] > 0 else "starting"
+    if not tap["watcher"]:
+        watcher = "none: the next ADD starts one, or `nearpath watch`"
+    return [("machines", text), ("watcher", watcher)]
 
 
 def size(count: int) -> str:
@@ -235,4 +251,19 @@ def _pods(arguments: argparse.Namespace) -> int:
             style="" if lane["state"] == "on" else "yellow",
         )
     output.console().print(shown)
+    _print_machines(pods)
     return output.EXIT_DONE
+
+
+def _print_machines(pods: list[dict[str, Any]]) -> None:
+    """The taps of virtual machines, once for each pod."""
+    from nearpath.cli.taps import print_taps
+
+    machines = {
+        pod["netns_cookie"]: {"pod": f"{pod['namespace']}/{pod['name']}", **pod["lanes"]["tap"]}
+        for pod in pods
+        if "tap" in pod["lanes"]
+    }
+    if machines:
+        print()
+        print_taps(list(machines.values()))

@@ -79,14 +79,17 @@ def _room(text: str) -> int:
 
 def _load(arguments: argparse.Namespace) -> int:
     from nearpath.datapath import loader, sizes
-    from nearpath.node import register
+    from nearpath.node import register, taps
 
     place = output.root_place()
     wanted = arguments.max_connections
     changed = loader.load(place, wanted)
     registered = register.recorded(place)
+    failed = taps.pause(place, paused=False)
+    renewed = taps.renew(place)
     maps = sizes.of_pinned(place)
     shown = {**loader.describe(place), "changed": changed, "registered": registered, "maps": maps}
+    shown["watcher"] = renewed
     if arguments.json:
         output.print_json(shown)
         return output.EXIT_DONE
@@ -96,11 +99,16 @@ def _load(arguments: argparse.Namespace) -> int:
         print(f"room for {room} connections, as when it was loaded: `nearpath unload` first")
     if registered:
         print(f"registered {registered} recorded pods that the programs did not know")
+    if renewed:
+        print("started a watcher of virtual machines")
+    for text in failed.values():
+        print(f"nearpath: virtual machine: {text}", file=sys.stderr)
     return output.EXIT_DONE
 
 
 def _unload(arguments: argparse.Namespace) -> int:
     from nearpath.datapath import loader, unloader
+    from nearpath.node import taps
 
     place = output.root_place()
     target = sys.stderr if arguments.json else sys.stdout
@@ -109,6 +117,9 @@ def _unload(arguments: argparse.Namespace) -> int:
         print(step, file=target, flush=True)
 
     shown = unloader.unload(place, report, arguments.timeout)
+    failed = taps.attend_all(place)  # the tap lanes go by the mark that the unload left
+    for text in failed.values():
+        print(f"nearpath: virtual machine: {text}", file=sys.stderr)
     if loader.is_loaded(place):
         raise NearpathError("the datapath is loaded again", "somebody ran `nearpath load`")
     if arguments.json:

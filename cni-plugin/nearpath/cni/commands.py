@@ -16,7 +16,7 @@ import os
 import time
 
 from nearpath import state
-from nearpath.cni import identity, netconf, protocol, result
+from nearpath.cni import identity, netconf, protocol, result, vm
 from nearpath.cni.context import (
     CODE_CHECK,
     GRACE,
@@ -98,7 +98,8 @@ def _attach(context: Context, record: dict[str, Any]) -> None:
     # Until the namespace is known, what an earlier ADD registered is what there is to undo.
     before = record["netns_cookie"] = state.cookie_of(old_record(context))
     enabled, reason = netconf.socket_lane(context.conf, record["pod"])
-    if doors.is_own_netns(request.netns):
+    own = doors.is_own_netns(request.netns)
+    if own:
         if not request.override:
             raise CniError(
                 protocol.INVALID_NETNS,
@@ -115,9 +116,11 @@ def _attach(context: Context, record: dict[str, Any]) -> None:
         enabled, reason = False, "other-attachment"
     lane = record["lanes"]["socket"]
     lane.update(state="on" if enabled else "off", reason=reason)
+    vm.note(context, record, own_netns=own)
     if before != cookie:  # before the record that knows it is replaced
         context.attempt("old registration", lambda: release(context, before))
     state.save(place, record)
+    vm.watch(context, record)  # before what may fail: the tap lane needs none of it
     if enabled:
         if doors.prepare(place, context.conf.most_connections):
             context.log.info("datapath loaded")
@@ -172,10 +175,15 @@ def delete(context: Context) -> bytes:
     request, place = context.request, context.place
     try:
         context.log_problems()
-        cookie = state.cookie_of(old_record(context)) or _cookie_without_record(context)
+        record = old_record(context)
+        cookie = state.cookie_of(record) or _cookie_without_record(context)
         if context.attempt("unregister", lambda: release(context, cookie)):
-            context.attempt(
-                "record", lambda: state.remove(place, request.container_id, request.ifname)
+            vm.retire(
+                context,
+                record,
+                lambda: context.attempt(
+                    "record", lambda: state.remove(place, request.container_id, request.ifname)
+                ),
             )
             context.log.info("removed" if cookie else "nothing to remove")
     except Exception as error:

@@ -89,3 +89,23 @@ class Doors:
         from nearpath.datapath import tables
 
         return list(tables.all_pods(place))
+
+    def watch(self, place: Place) -> bool:
+        """Make sure that a watcher of virtual machines runs; True if one was started.
+
+        Raises:
+            NearpathError: none can be started.
+        """
+        from nearpath.lanes import watch
+
+        return watch.ensure(place)
+
+    def withdraw(self, place: Place, cookie: int, path: str) -> None:
+        """Undo all that was done in the namespace of a virtual machine's pod; lock held.
+
+        Args:
+            path: of the namespace, which may be gone.
+        """
+        from nearpath.lanes import vm
+
+        vm.withdraw(place, cookie, path)

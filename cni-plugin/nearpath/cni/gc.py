@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nearpath import state
+from nearpath.cni import vm
 from nearpath.cni.context import CODE_STATE, Context
 from nearpath.cni.protocol import INVALID_CONFIG, CniError
 
@@ -73,7 +74,9 @@ def collect(context: Context) -> bytes:
 
     def remove(record: dict[str, Any]) -> bool:
         key = record["container_id"], record["ifname"]
-        return context.attempt("record", lambda: state.remove(place, *key))
+        return vm.retire(
+            context, record, lambda: context.attempt("record", lambda: state.remove(place, *key))
+        )
 
     for record in stale:
         cookie = state.cookie_of(record)

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 ANNOTATIONS_CAPABILITY = "io.kubernetes.cri.pod-annotations"
 ANNOTATION_PREFIX = "nearpath.io/"
 SOCKET_LANE = ANNOTATION_PREFIX + "socket-lane"
-_KNOWN_ANNOTATIONS = frozenset({SOCKET_LANE})
+TAP_LANE = ANNOTATION_PREFIX + "tap-lane"
+CHECKSUM = ANNOTATION_PREFIX + "checksum"
+_KNOWN_ANNOTATIONS = frozenset({SOCKET_LANE, TAP_LANE, CHECKSUM})
+
+# KubeVirt puts the annotation on every virt-launcher pod and begins its name with this
+# (virt-controller/services/template.go).
+_VM_ANNOTATION = "kubevirt.io/domain"
+_VM_NAME = "virt-launcher-"
 
 _ARGUMENTS = {"K8S_POD_NAMESPACE": "namespace", "K8S_POD_NAME": "name", "K8S_POD_UID": "uid"}
 _LONGEST = 253  # a DNS subdomain, the longest Kubernetes name
@@ -44,8 +51,8 @@ def parse_args(text: str, warn: Callable[[str], None]) -> dict[str, str]:
     return pod
 
 
-def own_annotations(config: dict[str, Any], warn: Callable[[str], None]) -> dict[str, str]:
-    """The pod's own ``nearpath.io/...`` annotations, if the runtime passed any.
+def _annotations(config: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+    """The pod's annotations, if the runtime passed any; values are not checked.
 
     They come as ``runtimeConfig["io.kubernetes.cri.pod-annotations"]``, a flat object, or
     null for a pod without any. Never fails: a pod must not be able to break its own start.
@@ -62,8 +69,27 @@ def own_annotations(config: dict[str, Any], warn: Callable[[str], None]) -> dict
     if not isinstance(given, dict):
         warn("the pod's annotations are not an object, ignored")
         return {}
+    return given
+
+
+def is_vm(config: dict[str, Any], pod: dict[str, str]) -> bool:
+    """True if the pod says that it is a virt-launcher pod of KubeVirt.
+
+    By its annotation, or by its name where the runtime passes no annotations (Multus'
+    delegates). Harmless if it is none: only devices laid out as KubeVirt does are touched.
+
+    Args:
+        pod: see parse_args.
+    """
+    if pod["name"].startswith(_VM_NAME):
+        return True
+    return isinstance(_annotations(config, lambda _: None).get(_VM_ANNOTATION), str)
+
+
+def own_annotations(config: dict[str, Any], warn: Callable[[str], None]) -> dict[str, str]:
+    """The pod's own ``nearpath.io/...`` annotations, if the runtime passed any."""
     ours = {}
-    for key, value in given.items():
+    for key, value in _annotations(config, warn).items():
         if not key.startswith(ANNOTATION_PREFIX):
             continue
         if key not in _KNOWN_ANNOTATIONS:

@@ -7,7 +7,7 @@ annotations for operators.
 
 from __future__ import annotations
 
-from nearpath.cni.identity import SOCKET_LANE, own_annotations
+from nearpath.cni.identity import CHECKSUM, SOCKET_LANE, TAP_LANE, own_annotations
 from nearpath.cni.protocol import INVALID_CONFIG, CniError, quote
 
 TYPE_CHECKING = False
@@ -21,6 +21,10 @@ _TIMEOUT_RANGE = (0.5, 60.0)
 # Those of datapath/sizes.py, which an ADD need not import.
 _CONNECTIONS_RANGE = (1024, 1 << 20)
 _LEVELS = ("info", "warning", "error")
+# How a virtual machine's frames pass its pod (lanes/tap.py), and what happens to checksums
+# (lanes/checksum.py); the first is the default.
+TAP_MODES = ("mirror", "redirect", "peer", "off")
+CHECKSUM_MODES = ("skip", "software", "keep")
 
 # Keys that the specification and libcni put beside ours; everything under cni.dev/ too.
 _CNI_KEYS = frozenset(
@@ -53,6 +57,8 @@ class NetConf:
     Attributes:
         required: an internal failure fails ADD instead of leaving the pod on the kernel path.
         socket_lane: the default for pods that say nothing.
+        tap_lane, checksum: likewise for virtual machines' pods, of TAP_MODES and CHECKSUM_MODES;
+            checksum is empty if the configuration says nothing.
         guards: pods take the lane only under guard, unless they ask for it themselves.
         most_connections: that the maps are to hold when they are made; 0: by memory.
         exclude_namespaces: Kubernetes namespaces whose pods are left alone.
@@ -65,6 +71,7 @@ class NetConf:
 
     __slots__ = (
         "annotations",
+        "checksum",
         "exclude_namespaces",
         "guards",
         "log_level",
@@ -72,6 +79,7 @@ class NetConf:
         "problems",
         "required",
         "socket_lane",
+        "tap_lane",
         "timeout",
         "warnings",
     )
@@ -79,6 +87,8 @@ class NetConf:
     def __init__(self) -> None:
         self.required = False
         self.socket_lane = True
+        self.tap_lane = TAP_MODES[0]
+        self.checksum = ""
         self.guards = True
         self.most_connections = 0
         self.exclude_namespaces: frozenset[str] = frozenset()
@@ -124,6 +134,24 @@ def _socket_lane(conf: NetConf, value: object) -> str:
     return ""
 
 
+def _one_of(values: tuple[str, ...]) -> str:
+    return f"must be one of {', '.join(values)}"
+
+
+def _tap_lane(conf: NetConf, value: object) -> str:
+    if not isinstance(value, str) or value not in TAP_MODES:
+        return _one_of(TAP_MODES)
+    conf.tap_lane = value
+    return ""
+
+
+def _checksum(conf: NetConf, value: object) -> str:
+    if not isinstance(value, str) or value not in CHECKSUM_MODES:
+        return _one_of(CHECKSUM_MODES)
+    conf.checksum = value
+    return ""
+
+
 def _guards(conf: NetConf, value: object) -> str:
     if value not in {"required", "preferred"} if isinstance(value, str) else True:
         return 'must be "required" or "preferred"'
@@ -163,7 +191,7 @@ def _timeout(conf: NetConf, value: object) -> str:
 
 def _log_level(conf: NetConf, value: object) -> str:
     if not isinstance(value, str) or value not in _LEVELS:
-        return f"must be one of {', '.join(_LEVELS)}"
+        return _one_of(_LEVELS)
     conf.log_level = value
     return ""
 
@@ -172,12 +200,17 @@ def _log_level(conf: NetConf, value: object) -> str:
 KEYS: dict[str, Callable[[NetConf, object], str]] = {
     "required": _required,
     "socketLane": _socket_lane,
+    "tapLane": _tap_lane,
+    "checksum": _checksum,
     "guards": _guards,
     "maxConnections": _most_connections,
     "excludeNamespaces": _exclude_namespaces,
     "timeoutSeconds": _timeout,
     "logLevel": _log_level,
 }
+
+
+_CHOICES = {SOCKET_LANE: ("on", "off"), TAP_LANE: TAP_MODES, CHECKSUM: CHECKSUM_MODES}
 
 
 def parse(config: dict[str, Any]) -> NetConf:
@@ -196,10 +229,11 @@ def parse(config: dict[str, Any]) -> NetConf:
         elif key not in _CNI_KEYS and not key.startswith("cni.dev/"):
             conf.warnings.append(f"unknown configuration key ignored: {quote(key)}")
     conf.annotations = own_annotations(config, conf.warnings.append)
-    choice = conf.annotations.get(SOCKET_LANE)
-    if choice is not None and choice not in {"on", "off"}:
-        conf.warnings.append(f'annotation {SOCKET_LANE} is not "on" or "off", ignored')
-        del conf.annotations[SOCKET_LANE]
+    for name, values in _CHOICES.items():
+        choice = conf.annotations.get(name)
+        if choice is not None and choice not in values:
+            conf.warnings.append(f"annotation {name} is none of {', '.join(values)}; ignored")
+            del conf.annotations[name]
     return conf
 
 
@@ -220,3 +254,29 @@ def socket_lane(conf: NetConf, pod: dict[str, str]) -> tuple[bool, str]:
     if choice is not None:
         return choice == "on", "" if choice == "on" else "annotation"
     return conf.socket_lane, "" if conf.socket_lane else "config"
+
+
+def tap_lane(conf: NetConf, pod: dict[str, str]) -> dict[str, str | bool]:
+    """What a virtual machine's pod is to have, as its record keeps it.
+
+    Args:
+        pod: see identity.parse_args.
+
+    Returns:
+        ``{"state": "on" or "off", "reason", "mode", "checksum", "insist": the checksum mode was
+        asked for by name}``; see TAP_MODES and CHECKSUM_MODES.
+    """
+    mode, reason = conf.annotations.get(TAP_LANE), "annotation"
+    if mode is None:
+        mode, reason = conf.tap_lane, "config"
+    checksum = conf.annotations.get(CHECKSUM, conf.checksum)
+    if pod["namespace"] and pod["namespace"] in conf.exclude_namespaces:
+        mode, reason, checksum = "off", "excluded-namespace", "keep"
+    on = mode != "off"
+    return {
+        "state": "on" if on else "off",
+        "reason": "" if on else reason,
+        "mode": mode,
+        "checksum": checksum or CHECKSUM_MODES[0],
+        "insist": bool(checksum),
+    }

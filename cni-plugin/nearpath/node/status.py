@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from nearpath import VERSION, state
 from nearpath.datapath import calibration, loader, settings, sizes
-from nearpath.lanes import socket
+from nearpath.lanes import socket, vm_state
+from nearpath.node import taps
 
 if TYPE_CHECKING:
     from nearpath.place import Place
@@ -18,7 +19,7 @@ def node_status(place: Place) -> dict[str, Any]:
     Returns:
         ``{"version", "loaded", "layout", "cgroup", "pins", "paused", "draining",
         "unloaded_by_operator", "pods": number of attachments, "pods_on_lane",
-        "lanes": {"socket": counters}, "failures": {reason: count},
+        "lanes": {"socket": counters, "tap": see taps.totals}, "failures": {reason: count},
         "guards": {"attached", "because": why not}, "maps": {map: entries at most},
         "streams": {"from", "to", "source": "default", "calibrated" or "set"},
         "calibration": as stored, or None}``; maps and streams are empty if nothing is loaded.
@@ -37,7 +38,7 @@ def node_status(place: Place) -> dict[str, Any]:
         "unloaded_by_operator": shown["unloaded"],
         "pods": len(pods),
         "pods_on_lane": sum(pod["lanes"]["socket"]["state"] == "on" for pod in pods),
-        "lanes": {"socket": socket.totals(place)},
+        "lanes": {"socket": socket.totals(place), "tap": taps.totals(place)},
         "failures": state.failures(place),
         "guards": {"attached": shown["guards"], "because": shown["no_guards_because"]},
         "maps": sizes.of_pinned(place) if shown["loaded"] else {},
@@ -99,12 +100,14 @@ def pod_list(place: Place, shown: dict[str, Any] | None = None) -> list[dict[str
 
     Returns:
         ``{"namespace", "name", "container_id", "ifname", "ips", "netns_cookie", "network",
-        "lanes": {"socket": {"state", "reason", **counters}}}`` each.
+        "lanes": {"socket": {"state", "reason", **counters}}}`` each; a virtual machine's also
+        has ``lanes["tap"]``, see taps.describe.
     """
     shown = shown or loader.describe(place)
     obstacle = _obstacle(shown)
     counters = socket.by_pod(place)
     known = set() if obstacle else socket.registered(place)
+    machines = vm_state.by_cookie(place)
     pods = []
     for record in state.records(place):
         cookie = state.cookie_of(record)
@@ -112,6 +115,11 @@ def pod_list(place: Place, shown: dict[str, Any] | None = None) -> list[dict[str
         identity = record.get("pod")
         identity = identity if isinstance(identity, dict) else {}
         ips = record.get("ips")
+        lanes: dict[str, Any] = {
+            "socket": {"state": lane, "reason": reason, **counters.get(cookie, socket.NOTHING)}
+        }
+        if cookie in machines and vm_state.is_vm(record):
+            lanes["tap"] = taps.describe(place, machines[cookie])
         pods.append(
             {
                 "namespace": str(identity.get("namespace", "")),
@@ -121,13 +129,7 @@ def pod_list(place: Place, shown: dict[str, Any] | None = None) -> list[dict[str
                 "ips": [str(ip) for ip in ips] if isinstance(ips, list) else [],
                 "netns_cookie": cookie,
                 "network": str(record.get("network", "")),
-                "lanes": {
-                    "socket": {
-                        "state": lane,
-                        "reason": reason,
-                        **counters.get(cookie, socket.NOTHING),
-                    }
-                },
+                "lanes": lanes,
             }
         )
     return sorted(pods, key=lambda pod: (pod["namespace"], pod["name"], pod["container_id"]))
