@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 from helpers import cable, virt_handler
 from helpers.commands import PATIENCE, run, wait_until
 from helpers.netns import inside, namespace
-from nearpath.kernel import netns, offload
-from nearpath.lanes import checksum
+from nearpath.kernel import netns, offload, rtnl
+from nearpath.lanes import checksum, tap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from helpers.cable import Cable
     from helpers.virt_handler import Bound
@@ -103,6 +103,34 @@ class Node:
         with self.doors() as doors:
             checksum.restore(doors, ours)
 
+    @contextmanager
+    def tap_lane(self, mode: str) -> Iterator[Callable[[], dict[str, int]]]:
+        """Frames between tap and pod NIC take the tap lane while the block runs.
+
+        Yields a function that says how many bytes took it so far, ``from_vm`` and ``to_vm``.
+        """
+        with ExitStack() as stack:
+            with netns.entered(self.launcher):
+                pod = stack.enter_context(rtnl.Rtnl())
+            with netns.entered(self.node):
+                host = stack.enter_context(rtnl.Rtnl())
+                end = tap.host_end(host, self.index(self.node, "vm"))
+            assert end is not None
+            made = set[int]()
+
+            def took() -> dict[str, int]:
+                (counts,) = tap.counts(pod, tap.observe(pod)).values()
+                return {direction: count["bytes"] for direction, count in counts.items()}
+
+            for wanted in (mode, tap.OFF):
+                plan = tap.plan(tap.observe(pod), wanted, made, {self.bound.nic_index: end})
+                made = plan.made
+                tap.execute(pod, plan)
+                if wanted == mode:
+                    (outcome,) = plan.outcomes
+                    assert (outcome.mode, outcome.reason) == (mode, "")
+                    yield took
+
     def switch(self, path: str, name: str, *words: str) -> None:
         """``ethtool -K``, by somebody who is not us."""
         run([*inside(path), "ethtool", "-K", name, *words])
@@ -141,8 +169,8 @@ def node(*, bridge_off: bool = False, guest_takes: int = cable.SEGMENTS) -> Iter
         _give(talkers["pod"], "eth0", "pod")
         _give(talkers["other"], "eth0", "other")
         bound = virt_handler.bridge_binding(launcher, checksum_off=bridge_off)
-        tap = cable.End(launcher, bound.names.tap, guest_takes)
-        nic = stack.enter_context(cable.virtio(tap, cable.End(talkers["guest"], "vnic")))
+        taken = cable.End(launcher, bound.names.tap, guest_takes)
+        nic = stack.enter_context(cable.virtio(taken, cable.End(talkers["guest"], "vnic")))
         virt_handler.batch(talkers["guest"], [f"link set vnic address {bound.mac}"])
         _give(talkers["guest"], "vnic", "guest")
         wire = cable.End(talkers["outside"], "wan")

@@ -15,6 +15,7 @@ import pytest
 from helpers import cable, sums, vm_net
 from helpers.leaks import nothing_left
 from helpers.vm_net import PORT, Node
+from nearpath.lanes import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,6 +223,35 @@ def test_software(lab: Node, version: int) -> None:
     with everywhere(lab) as seen:
         talk(lab, "guest", "pod", version)
     assert set(kinds(seen["vm"])) == set(kinds(ours(lab.nic.near.out))) == {"open"}
+
+
+@VERSIONS
+@pytest.mark.parametrize("mode", ["mirror", "redirect", "peer"])
+def test_with_the_tap_lane(lab: Node, version: int, mode: str) -> None:
+    """Whichever way frames take inside the launcher, open sums stay open, and software computes.
+
+    But for "peer" with software: what goes around the NIC's transmit path is not computed there,
+    so may_bypass() says no.
+    """
+    nic = next(device for device in lab.devices() if device.role == "nic")
+    for wanted in ("skip", "software"):
+        ours_now = lab.attend(wanted).plan.record
+        with lab.doors() as doors:
+            assert checksum.may_bypass(doors["pod"].features(nic.ifindex)) == (wanted == "skip")
+        with lab.tap_lane(mode) as took, everywhere(lab) as seen:
+            for server in ("pod", "outside"):
+                talk(lab, "guest", server, version)
+            assert all(took_bytes > 2 * STREAM for took_bytes in took().values()), took()
+        from_guest = [packet for packet in seen["vm"] if not packet.is_outgoing]
+        to_guest = ours(lab.nic.near.out)
+        is_open = wanted == "skip" or mode == "peer"
+        assert set(kinds(from_guest)) == {"open" if is_open else "right"}
+        assert (longest(from_guest) > FRAME) == is_open
+        assert set(kinds(ours(lab.uplink.through))) == {"right"}
+        if wanted == "software":
+            assert set(kinds(to_guest)) == {"right"}
+        lab.restore(ours_now)
+    assert_no_errors(lab)
 
 
 @pytest.mark.parametrize("bridge_off", [True, False], ids=["before-1.8", "1.8"])
