@@ -333,10 +333,13 @@ def from_json(value: Any) -> Change | None:
     where, index, name, feature = (value.get(k) for k in ("where", "ifindex", "name", "feature"))
     before, after = value.get("before"), value.get("after")
     if (
-        where in {POD, HOST}
+        isinstance(where, str)
+        and where in {POD, HOST}
         and isinstance(index, int)
+        and not isinstance(index, bool)
         and 0 < index < 1 << 31
         and isinstance(name, str)
+        and isinstance(feature, str)
         and feature in _TRANSMIT | _RECEIVE
         and isinstance(before, bool)
         and isinstance(after, bool)
