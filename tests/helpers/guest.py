@@ -35,7 +35,7 @@ from kernels.archive import Archive
 from kernels.packages import kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from helpers.talk import Talk
     from helpers.virt_handler import Bound
@@ -70,6 +70,8 @@ export PATH=/bin HOME=/
 /bin/busybox mount -t devtmpfs devtmpfs /dev
 /bin/busybox mount -t tmpfs tmpfs /tmp
 /bin/busybox --install -s /bin
+# Addresses are usable at once.
+for which in all default; do echo 0 >"/proc/sys/net/ipv6/conf/$which/accept_dad"; done
 for module in {modules}; do insmod "/$module" || poweroff -f; done
 ip link set lo up
 talk serve {port} >/tmp/serve 2>&1 &
@@ -200,7 +202,7 @@ class Guest:
             *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent"),
             *("-chardev", f"socket,id=monitor,path={self._directory}/monitor"),
             *("-mon", "chardev=monitor,mode=control"),
-            *("-netdev", self._netdev(), "-device", self._nic()),
+            *("-netdev", _netdev(bound, 0), "-device", _nic(bound, 0)),
             *("-kernel", str(vmlinuz), "-initrd", str(initrd), "-append", arguments),
         ]
         return subprocess.Popen(
@@ -211,16 +213,6 @@ class Guest:
             text=True,
             start_new_session=True,
         )
-
-    def _netdev(self) -> str:
-        several = f",queues={self._bound.queues}" if self._bound.queues > 1 else ""
-        tap = self._bound.names.tap
-        return f"tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off{several}"
-
-    def _nic(self) -> str:
-        queues = self._bound.queues
-        several = f",mq=on,vectors={2 * queues + 2}" if queues > 1 else ""
-        return f"virtio-net-pci,id=nic0,netdev=net0,mac={self._bound.mac},romfile={several}"
 
     # --- inside -------------------------------------------------------------
 
@@ -259,16 +251,29 @@ class Guest:
         return said
 
     def dhcp(self, interface: str = "eth0") -> Lease:
-        """Ask for an address, in the guest's first two minutes or again later."""
+        """Ask for an address, for the first time or again."""
         self.run(f"rm -f /tmp/lease; ip link set {interface} up")
         self.run(f"udhcpc -i {interface} -n -q -f -t 10 -T 2 -s /dhcp", timeout=40)
         address, mtu, router, seconds = self.run("cat /tmp/lease").split()
         prefix = address.partition("/")[0], _prefix(address.partition("/")[2])
         return Lease(f"{prefix[0]}/{prefix[1]}", int(mtu), router, int(seconds))
 
+    def add_address(self, address: str, interface: str = "eth0") -> None:
+        """Give it an IPv6 address with prefix length; bridge binding has no DHCP for that."""
+        self.run(f"ip -6 addr add {address} dev {interface}")
+
     def talk(self, kind: str, address: str, **plan: int) -> Talk:
         """Converse from inside; see `talk.words`."""
-        return talk.parsed(self.run(" ".join(["talk", *talk.words(kind, address, **plan)])))
+        (talked,) = self.talks(talk.words(kind, address, **plan))
+        return talked
+
+    def talks(self, *conversations: Sequence[str]) -> list[Talk]:
+        """Several conversations one after the other; see `talk.words`."""
+        command = "; ".join(" ".join(["talk", *words]) for words in conversations)
+        said = self.run(command, timeout=60).splitlines()
+        if len(said) != len(conversations):
+            raise CommandError(f"`{command}` in the guest said {said}")
+        return [talk.parsed(line) for line in said]
 
     # --- its hardware -------------------------------------------------------
 
@@ -286,21 +291,34 @@ class Guest:
             if "return" in said:
                 return said
 
-    def unplug(self) -> None:
-        """Take its NIC out, and let go of the tap."""
-        self.command("device_del", id="nic0")
+    def unplug(self, number: int = 0) -> None:
+        """Take a NIC out, and let go of its tap."""
+        self.command("device_del", id=f"nic{number}")
         while json.loads(self._monitor.receive(30 * PATIENCE)).get("event") != "DEVICE_DELETED":
             pass
-        self.command("netdev_del", id="net0")
+        self.command("netdev_del", id=f"net{number}")
 
-    def plug(self, bound: Bound) -> None:
-        """Put a NIC in, on the tap that is there now."""
-        self._bound = bound
-        kind, *options = self._netdev().split(",")
+    def plug(self, bound: Bound, number: int = 0) -> None:
+        """Put a NIC in, on the tap that is there now; the guest calls it ``eth<number>``."""
+        kind, *options = _netdev(bound, number).split(",")
         self.command("netdev_add", type=kind, **dict(_option(option) for option in options))
-        kind, *options = self._nic().split(",")
+        kind, *options = _nic(bound, number).split(",")
         self.command("device_add", driver=kind, **dict(_option(option) for option in options))
-        self.run("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done")
+        self.run(f"until [ -e /sys/class/net/eth{number} ]; do sleep 0.1; done")
+
+
+def _netdev(bound: Bound, number: int) -> str:
+    """The host's side of a NIC, as qemu's command line wants it."""
+    several = f",queues={bound.queues}" if bound.queues > 1 else ""
+    tap = f"tap,id=net{number},ifname={bound.names.tap},script=no,downscript=no"
+    return f"{tap},vhost=off{several}"
+
+
+def _nic(bound: Bound, number: int) -> str:
+    """The guest's side of a NIC."""
+    several = f",mq=on,vectors={2 * bound.queues + 2}" if bound.queues > 1 else ""
+    device = f"virtio-net-pci,id=nic{number},netdev=net{number},mac={bound.mac}"
+    return f"{device},romfile={several}"
 
 
 def _option(text: str) -> tuple[str, object]:
