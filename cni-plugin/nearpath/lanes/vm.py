@@ -125,25 +125,27 @@ def attend(place: Place, cookie: int, path: str, wanted: Wanted) -> dict[str, An
             _changes(known["changes"]),
             insist=wanted.insist,
         )
-        verdicts = {
-            wire.bridge.index: verdict for wire, verdict in zip(fit, sums.verdicts, strict=True)
-        }
+        changes = [change._asdict() for change in sums.plan.record]
+        # Offload goes on before frames may need it (mode "peer"), and off after they do not.
+        raised = [step for step in sums.plan.steps if step.after]
+        lowered = [step for step in sums.plan.steps if not step.after]
+        if raised:
+            vm_state.write(place, {**known, "netns": path, "changes": changes})
+            checksum.execute(view.offloads, raised)
         plan = tap.plan(seen, wanted.mode, set(known["made"]), _bypasses(view, ends, wanted))
+        verdicts = dict(zip((wire.bridge.index for wire in fit), sums.verdicts, strict=True))
         now = {
             "cookie": cookie,
             "netns": path,
             "error": "",
             "made": sorted(plan.made),
-            "changes": [change._asdict() for change in sums.plan.record],
-            "wires": [
-                _wire(wire, outcome, wanted, verdicts.get(wire.bridge.index))
-                for wire, outcome in zip(seen.wires, plan.outcomes, strict=True)
-            ],
+            "changes": changes,
+            "wires": [_wire(outcome, wanted, verdicts) for outcome in plan.outcomes],
         }
-        if now != known:
+        if raised or now != known:
             vm_state.write(place, now)
         tap.execute(view.pod, plan)
-        checksum.execute(view.offloads, sums.plan.steps)
+        checksum.execute(view.offloads, lowered)
     return now
 
 
@@ -159,12 +161,13 @@ def _bypasses(view: _View, ends: dict[int, tap.HostEnd], wanted: Wanted) -> dict
 
 
 def _wire(
-    wire: tap.Wire, outcome: tap.Outcome, wanted: Wanted, verdict: checksum.Verdict | None
+    outcome: tap.Outcome, wanted: Wanted, verdicts: dict[int, checksum.Verdict]
 ) -> dict[str, Any]:
     """One wire as the command line shows it."""
-    reason = outcome.reason
+    wire, reason = outcome.wire, outcome.reason
     if not wire.reason and wanted.mode == "off":
         reason = wanted.reason
+    verdict = verdicts.get(wire.bridge.index, checksum.Verdict(checksum.KEEP, ""))
     return {
         "bridge": wire.bridge.name,
         "tap": wire.tap.name if wire.tap else "",
@@ -172,8 +175,8 @@ def _wire(
         "nic": wire.nic.name if wire.nic else "",
         "mode": outcome.mode,
         "reason": reason,
-        "checksum": verdict.mode if verdict else checksum.KEEP,
-        "checksum_reason": verdict.reason if verdict else "",
+        "checksum": verdict.mode,
+        "checksum_reason": verdict.reason,
     }
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nearpath.place import Place
 
 # Seconds. Events wake us; this is for what has none (the host's end of a veth).
-_REGULARLY = 10.0
+_REGULARLY = 5.0
 # After an event wait so long for its companions: virt-handler makes some twenty changes in a
 # row. Longer after so many looks within _CALM, for a pod must not keep us busy.
 _SETTLE, _BUSY_SETTLE = 0.02, 1.0
