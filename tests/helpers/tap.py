@@ -15,8 +15,9 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from helpers.commands import PATIENCE, CommandError
@@ -32,7 +33,9 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x1
 # CSUM, TSO4, TSO6, TSO_ECN, USO4, USO6; the last two since Linux 6.2
 _OFFLOADS = (0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40, 0x01 | 0x02 | 0x04 | 0x08)
 # linux/if_packet.h
-_SOL_PACKET, _ADD_MEMBERSHIP, _PACKET_VNET_HDR = 263, 1, 15
+_SOL_PACKET, _ADD_MEMBERSHIP, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 1, 8, 15
+# struct tpacket_auxdata: status, len, snaplen, mac, net, vlan_tci, vlan_tpid
+_AUXDATA, _HAS_VLAN = struct.Struct("=IIIHHHH"), 1 << 4
 _MR_PROMISC = 1
 _ETH_P_ALL = 0x0003
 _SO_RCVBUFFORCE = 33
@@ -73,6 +76,9 @@ class _End:
 
     descriptor: int
 
+    def _read(self) -> Frame:
+        return Frame.unpacked(os.read(self.descriptor, _LONGEST))
+
     def __enter__(self) -> Self:
         return self
 
@@ -88,11 +94,15 @@ class _End:
         """Close it."""
         os.close(self.descriptor)
 
+    def send(self, frame: Frame | bytes) -> None:
+        """Put a frame in."""
+        os.write(self.descriptor, (Frame(frame) if isinstance(frame, bytes) else frame).packed())
+
     def drain(self) -> list[Frame]:
         """All that has come so far."""
         found = []
         while select.select([self.descriptor], [], [], 0)[0]:
-            found.append(Frame.unpacked(os.read(self.descriptor, _LONGEST)))
+            found.append(self._read())
         return found
 
     def receive(self, text: bytes, timeout: float = 2) -> Frame:
@@ -104,7 +114,7 @@ class _End:
         end = time.monotonic() + timeout * PATIENCE
         while (left := end - time.monotonic()) > 0:
             if select.select([self.descriptor], [], [], left)[0]:
-                frame = Frame.unpacked(os.read(self.descriptor, _LONGEST))
+                frame = self._read()
                 if text in frame.data:
                     return frame
         raise CommandError(f"no frame with {text!r} came within {timeout:g} s")
@@ -146,13 +156,12 @@ class Tap(_End):
             else:
                 return
 
-    def send(self, frame: Frame | bytes) -> None:
-        """As if the virtual machine had sent it."""
-        os.write(self.descriptor, (Frame(frame) if isinstance(frame, bytes) else frame).packed())
-
 
 class Outside(_End):
-    """A packet socket on a device that is not the pod's, for what the machine sends and gets."""
+    """A packet socket on a device that is not the pod's, for what the machine sends and gets.
+
+    A VLAN tag that the kernel keeps beside the frame is put back into it.
+    """
 
     def __init__(self, netns: str, name: str) -> None:
         self._socket = _packet_socket(netns, name, headers=True)
@@ -162,9 +171,77 @@ class Outside(_End):
         """Close it."""
         self._socket.close()
 
-    def send(self, frame: Frame | bytes) -> None:
-        """Out of the device."""
-        self._socket.send((Frame(frame) if isinstance(frame, bytes) else frame).packed())
+    def _read(self) -> Frame:
+        data, beside, _, _ = self._socket.recvmsg(_LONGEST, 256)
+        frame = Frame.unpacked(data)
+        for level, kind, content in beside:
+            if (level, kind) == (_SOL_PACKET, _PACKET_AUXDATA):
+                status, *_, tag, protocol = _AUXDATA.unpack_from(content)
+                if status & _HAS_VLAN:
+                    tagged = struct.pack("!HH", protocol, tag)
+                    whole = frame.data[:12] + tagged + frame.data[12:]
+                    return replace(
+                        frame, data=whole, csum_start=frame.csum_start + 4 * bool(frame.csum_start)
+                    )
+        return frame
+
+
+class Stream:
+    """Numbered frames from one end to the other, from two threads; a context that stops them.
+
+    Args:
+        frame: its last four bytes take the number; so no checksum may cover them.
+        token: in it.
+        gap: seconds between two frames.
+    """
+
+    def __init__(
+        self, sender: _End, receiver: _End, frame: bytes, token: bytes, gap: float = 0.0003
+    ) -> None:
+        self._ends = sender, receiver
+        self._head, self._token, self._gap = frame[:-4], token, gap
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._receive),
+            threading.Thread(target=self._send),
+        ]
+        self.sent = 0
+        self.arrived: list[int] = []
+
+    def _send(self) -> None:
+        while not self._stop.is_set():
+            self._ends[0].send(self._head + self.sent.to_bytes(4, "big"))
+            self.sent += 1
+            time.sleep(self._gap)
+
+    def _receive(self) -> None:
+        stopped = 0.0
+        while not stopped or time.monotonic() < stopped + 0.5:
+            if self._stop.is_set():
+                stopped = stopped or time.monotonic()
+            for frame in self._ends[1].drain():
+                if self._token in frame.data:
+                    self.arrived.append(int.from_bytes(frame.data[-4:], "big"))
+            time.sleep(0.001)
+
+    def lost(self) -> list[int]:
+        """Numbers of those that did not arrive; ask when it has stopped."""
+        return sorted(set(range(self.sent)) - set(self.arrived))
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
 
 
 class Watcher:
@@ -211,6 +288,7 @@ def _packet_socket(netns: str, name: str, *, headers: bool) -> socket.socket:
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
         if headers:
             opened.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            opened.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
         opened.bind((name, _ETH_P_ALL))
     except OSError:
         opened.close()

@@ -6,7 +6,6 @@ launcher (Outside)  ═══  eth0-nic ─ k6t-eth0 (Watcher) ─ tap0 (Tap)
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from nearpath.kernel.rtnl import Rtnl
 from nearpath.lanes import tap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from helpers.virt_handler import Bound
 
@@ -41,15 +40,15 @@ class TapLab:
     made: set[int]
     stack: ExitStack
 
-    def look(self, mode: str) -> tap.Plan:
-        """Observe, plan and execute, as the watcher does."""
+    def look(self, mode: str, *, withdraw: bool = False) -> tap.Plan:
+        """Observe, plan and execute, as the watcher does, or DEL."""
         ends = {}
         with netns.entered(self.host), Rtnl() as host:
             for wire in self.observe().wires:
                 if wire.nic and (end := tap.host_end(host, wire.nic.peer)):
                     ends[wire.nic.index] = end
         with netns.entered(self.pod), Rtnl() as pod:
-            plan = tap.plan(tap.observe(pod), mode, self.made, ends)
+            plan = tap.plan(tap.observe(pod), mode, self.made, ends, withdraw=withdraw)
             self.made = plan.made
             tap.execute(pod, plan)
         return plan
@@ -71,12 +70,14 @@ class TapLab:
 
     def shown(self) -> str:
         """All qdiscs and filters of tap and NIC, without statistics."""
-        text = ""
-        for name in (self.bound.names.tap, self.bound.names.nic):
-            text += self.tc("qdisc", "show", "dev", name)
-            for side in ("ingress", "egress") if "clsact" in text else ("ingress",):
-                text += self.tc("filter", "show", "dev", name, side)
-        return text
+        names = (self.bound.names.tap, self.bound.names.nic)
+        return "".join(self.shown_of(name) for name in names)
+
+    def shown_of(self, name: str) -> str:
+        """The same of one device."""
+        text = self.tc("qdisc", "show", "dev", name)
+        sides = ("ingress", "egress") if "clsact" in text else ("ingress",)
+        return text + "".join(self.tc("filter", "show", "dev", name, side) for side in sides)
 
     def address(self, name: str) -> str:
         """MAC address of a device in the pod, or of the host veth."""
@@ -92,8 +93,8 @@ class TapLab:
         return opened
 
     def _forwards(self, port: str) -> bool:
-        shown = run([*inside(self.pod), "bridge", "link", "show", "dev", port]).stdout
-        return "state forwarding" in shown
+        link = virt_handler.links(self.pod)[port]
+        return bool(link["linkinfo"]["info_slave_data"]["state"] == "forwarding")
 
     def outside(self) -> Outside:
         """The other end of the wire."""
@@ -105,15 +106,16 @@ class TapLab:
 
 
 @contextmanager
-def tap_lab(*, queues: int = 0, mtu: int = 1500) -> Iterator[TapLab]:
+def tap_lab(
+    *,
+    queues: int = 0,
+    mtu: int = 1500,
+    binding: Callable[..., Bound] = virt_handler.bridge_binding,
+) -> Iterator[TapLab]:
     """A pod with a wire; nothing may be left of it, or of what was done to it."""
     with nothing_left(), ExitStack() as stack:
         pod, host = stack.enter_context(namespace()), stack.enter_context(namespace())
         names = Path(pod).name, Path(host).name
-        for name in names:
-            for family in ("all", "default"):
-                setting = f"/proc/sys/net/ipv6/conf/{family}/accept_dad"
-                run(["ip", "netns", "exec", name, "sh", "-c", f"echo 0 >{setting}"], check=False)
         run(
             [
                 *["ip", "link", "add", HOST, "mtu", str(mtu), "netns", names[1], "type", "veth"],
@@ -123,11 +125,6 @@ def tap_lab(*, queues: int = 0, mtu: int = 1500) -> Iterator[TapLab]:
         run(["ip", "-n", names[1], "link", "set", HOST, "up"])
         run(["ip", "-n", names[0], "link", "set", "eth0", "address", GUEST_MAC, "up"])
         run(["ip", "-n", names[0], "address", "add", "10.7.0.2/24", "dev", "eth0"])
-        bound = virt_handler.bridge_binding(pod, queues=queues)
+        bound = binding(pod, queues=queues)
         ends = stack.enter_context(ExitStack())  # closed before the namespaces go
         yield TapLab(pod, host, bound, set(), ends)
-
-
-def boot_id() -> str:
-    """Something that is different in every test."""
-    return os.urandom(6).hex()

@@ -53,8 +53,11 @@ def decide(
     mode: str = "mirror",
     made: set[int] | None = None,
     host: dict[int, HostEnd] | None = None,
+    *,
+    withdraw: bool = False,
 ) -> Plan:
-    return tap.plan(observed, mode, made or set(), {2: HOST} if host is None else host)
+    ends = {2: HOST} if host is None else host
+    return tap.plan(observed, mode, made or set(), ends, withdraw=withdraw)
 
 
 def test_a_bare_wire_gets_qdiscs_and_rules() -> None:
@@ -90,7 +93,8 @@ def test_other_peoples_qdiscs_are_used_and_kept(kind: str) -> None:
 
 
 def test_our_qdisc_goes_with_our_rules() -> None:
-    plan = decide(seen(device(rules(TO_NIC)), device(rules(TO_TAP))), mode="off", made={2, 11})
+    observed = seen(device(rules(TO_NIC)), device(rules(TO_TAP)))
+    plan = decide(observed, mode="off", made={2, 11}, withdraw=True)
     assert plan.steps == [
         Remove(2, rules(TO_TAP)),
         DeleteQdisc(2),
@@ -100,9 +104,17 @@ def test_our_qdisc_goes_with_our_rules() -> None:
     assert plan.made == set()
 
 
+def test_our_qdisc_stays_while_frames_pass() -> None:
+    observed = seen(device(rules(TO_NIC)), device(rules(TO_TAP)))
+    plan = decide(observed, mode="off", made={2, 11})
+    assert plan.steps == [Remove(2, rules(TO_TAP)), Remove(11, rules(TO_NIC))]
+    assert plan.made == {2, 11}
+    assert not decide(seen(device(), device()), mode="off", made={2, 11}).steps
+
+
 def test_our_qdisc_stays_when_others_use_it() -> None:
     observed = seen(device(rules(TO_NIC), foreign=True), device(rules(TO_TAP)))
-    plan = decide(observed, mode="off", made={2, 11})
+    plan = decide(observed, mode="off", made={2, 11}, withdraw=True)
     assert DeleteQdisc(11) not in plan.steps
     assert plan.made == {11}
 

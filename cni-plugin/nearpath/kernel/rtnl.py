@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
-from errno import EBUSY, EEXIST, ENODEV, ENOENT
+from errno import ENODEV, ENOENT
 from typing import TYPE_CHECKING
 
 from nearpath.errors import NearpathError
@@ -57,7 +57,6 @@ _READ = 65536
 _TIMEOUT = 5.0  # seconds; the kernel answers at once, and a watcher must not hang
 _TRIES = 3
 GONE = frozenset({ENODEV, ENOENT})
-BUSY = frozenset({EBUSY, EEXIST})
 
 Attributes = dict[int, bytes]
 
@@ -226,7 +225,7 @@ class Rtnl:
         """Make it.
 
         Raises:
-            RtnlError: errno EEXIST (EINVAL before 6.9…) if there is one, also an ``ingress``.
+            RtnlError: errno EEXIST if there is one, also an ``ingress``.
         """
         # tc qdisc add dev <index> clsact
         body = _TC.pack(0, index, 0xFFFF0000, _CLSACT, 0) + attribute(_KIND, b"clsact\0")
@@ -278,13 +277,20 @@ class Rtnl:
         what = f"delete a {entry.kind} filter of link {entry.index}"
         self._gone_is_fine(what, _DELTFILTER, body)
 
+    def delete_priority(self, index: int, priority: int, kind: str) -> None:
+        """Delete all filters of a priority at ingress; none, or no such device, is fine."""
+        # tc filter del dev <index> ingress prio <priority> protocol all <kind>
+        body = _TC.pack(0, index, 0, INGRESS, priority << 16 | socket.htons(_ALL))
+        body += attribute(_KIND, kind.encode() + b"\0")
+        what = f"delete {kind} filters of link {index}"
+        self._gone_is_fine(what, _DELTFILTER, body)
+
     # -- transport ---------------------------------------------------------------------------
 
     def _gone_is_fine(self, what: str, kind: int, body: bytes) -> None:
         try:
             self._ask(what, kind, _REQUEST | _ACK, body)
         except RtnlError as error:
-            # EINVAL: no such qdisc (before 6.9 or so of a filter, too).
             if error.errno not in GONE:
                 raise
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from enum import Enum
 from errno import EBUSY, EEXIST, ENODEV
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,14 @@ OFF, MIRROR, REDIRECT, PEER = "off", "mirror", "redirect", "peer"
 _MOST_QDISCS, _MOST_DEVICES = 4096, 64
 # A qdisc may be busy for a moment while others work on the same device.
 _TRIES, _PAUSE = 5, 0.01  # seconds, longer with each try
+
+
+class _Ours(Enum):
+    """What is to become of a qdisc that has no rules any more."""
+
+    NO = 0  # it is not ours
+    KEEP = 1
+    DELETE = 2
 
 
 @dataclass(frozen=True)
@@ -160,24 +169,35 @@ def _device(pod: Rtnl, index: int, qdisc: Qdisc | None) -> Device:
     if len(entries) == MOST_RULES:  # ours are the last, behind all that there may be
         for priority in PRIORITIES:
             entries += pod.filters(index, INGRESS, MOST_RULES, priority)
-    if qdisc.kind == "clsact":
-        entries += pod.filters(index, EGRESS, 8)
     rules = [entry for entry in entries if tap_rules.is_rule(entry)]
+    foreign = [entry for entry in rules if not tap_rules.is_ours(entry)]
+    if qdisc.kind == "clsact":
+        foreign += filter(tap_rules.is_rule, pod.filters(index, EGRESS, MOST_RULES))
     return Device(
         qdisc,
         tuple(tap_rules.recognise(rules)),
         frozenset(entry.priority for entry in entries) & frozenset(PRIORITIES),
-        any(not tap_rules.is_ours(entry) for entry in rules),
+        bool(foreign),
     )
 
 
-def plan(seen: Observed, mode: str, made: set[int], host: dict[int, HostEnd]) -> Plan:
+def plan(
+    seen: Observed,
+    mode: str,
+    made: set[int],
+    host: dict[int, HostEnd],
+    *,
+    withdraw: bool = False,
+) -> Plan:
     """Work out what is to change.
 
     Args:
         mode: that is wanted for all wires.
         made: ifindexes of devices whose qdisc is ours.
         host: by ifindex of the pod's NIC; those that mode "peer" may lead to.
+        withdraw: with mode "off": also delete our qdiscs on wires that carry frames. What a
+            device is about to send at that moment, for some 0.1 ms, is lost (qdisc_graft in
+            net/sched/sch_api.c deactivates it), as when they are made.
     """
     result, wanted = Plan(), dict[int, Mirror | Program]()
     for wire in seen.wires:
@@ -187,8 +207,11 @@ def plan(seen: Observed, mode: str, made: set[int], host: dict[int, HostEnd]) ->
             end = host[wire.nic.index] if outcome.mode == PEER else None
             wanted[wire.tap.index] = _rules(wire, wire.nic.index, outcome.mode, end)
             wanted[wire.nic.index] = _rules(wire, wire.tap.index, outcome.mode, None)
+    whole = [wire for wire in seen.wires if wire.tap and wire.nic and not withdraw]
+    live = {link.index for wire in whole for link in (wire.tap, wire.nic) if link}
     for index in sorted(seen.devices):
-        _plan_device(result, index, seen.devices[index], wanted.get(index), index in made)
+        ours = _Ours.NO if index not in made else _Ours.KEEP if index in live else _Ours.DELETE
+        _plan_device(result, index, seen.devices[index], wanted.get(index), ours)
     return result
 
 
@@ -221,7 +244,7 @@ def _rules(wire: Wire, target: int, mode: str, end: HostEnd | None) -> Mirror | 
 
 
 def _plan_device(
-    result: Plan, index: int, device: Device, wanted: Mirror | Program | None, made: bool
+    result: Plan, index: int, device: Device, wanted: Mirror | Program | None, ours: _Ours
 ) -> None:
     stale = list(device.sets)
     if wanted is not None:
@@ -236,9 +259,10 @@ def _plan_device(
             free = [priority for priority in PRIORITIES if priority not in device.taken]
             result.steps.append(Add(index, free[0] if free else PRIORITIES[0], wanted))
     result.steps.extend(Remove(index, found) for found in stale)
-    if device.qdisc is None or not made:
+    if device.qdisc is None or ours is _Ours.NO:
         return
-    if wanted is None and device.qdisc.kind == "clsact" and not device.foreign:
+    idle = wanted is None and not device.foreign
+    if ours is _Ours.DELETE and idle and device.qdisc.kind == "clsact":
         result.steps.append(DeleteQdisc(index))
     else:
         result.made.add(index)
@@ -280,7 +304,7 @@ def _carry_out(pod: Rtnl, step: MakeQdisc | DeleteQdisc | Add | Remove) -> None:
         case Add():
             tap_rules.add(pod, step.index, step.priority, step.what)
         case Remove():
-            tap_rules.remove(pod, step.what)
+            tap_rules.remove(pod, step.index, step.what)
 
 
 def counts(pod: Rtnl, seen: Observed) -> dict[int, dict[str, dict[str, int]]]:

@@ -15,7 +15,7 @@ another priority before the old one goes, so that no frame meets neither.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nearpath.datapath import tap_programs
@@ -58,12 +58,14 @@ class RuleSet:
     Attributes:
         entries: as the kernel shows them.
         does: what they do, to be compared with what they should; None: something else.
+        alone: nobody else has rules at this priority.
         packets, bytes: that they have redirected.
     """
 
     priority: int
     entries: tuple[Filter, ...]
     does: Mirror | str | None
+    alone: bool = True
     packets: int = 0
     bytes: int = 0
 
@@ -86,20 +88,27 @@ def is_rule(entry: Filter) -> bool:
     return bool(entry.handle or entry.options)
 
 
-def recognise(entries: list[Filter]) -> list[RuleSet]:
-    """Our rules among a device's filters at ingress, by priority."""
+def recognise(rules: list[Filter]) -> list[RuleSet]:
+    """Our rules among those of a device at ingress, by priority."""
     found: dict[int, list[Filter]] = {}
-    for entry in entries:
+    others = set()
+    for entry in rules:
         if is_ours(entry):
             found.setdefault(entry.priority, []).append(entry)
-    return [_read(priority, tuple(found[priority])) for priority in sorted(found)]
+        else:
+            others.add(entry.priority)
+    return [
+        replace(_read(priority, tuple(found[priority])), alone=priority not in others)
+        for priority in sorted(found)
+    ]
 
 
 def _read(priority: int, entries: tuple[Filter, ...]) -> RuleSet:
     if any(entry.kind == "bpf" for entry in entries):
         name, number = u32.unpack_bpf(entries[0].options)
         packets, count = tap_programs.counts(number)
-        return RuleSet(priority, entries, name if len(entries) == 1 else None, packets, count)
+        only = name if len(entries) == 1 else None
+        return RuleSet(priority, entries, only, packets=packets, bytes=count)
     rules = {entry.handle & _NODE: u32.unpack(entry.options) for entry in entries}
     last = rules.get(_REDIRECT)
     if last is None:
@@ -108,7 +117,13 @@ def _read(priority: int, entries: tuple[Filter, ...]) -> RuleSet:
     does = Mirror(last.target, tuple(u32.address_of(rule.keys) for rule in passing))
     shown = {node: rule and (rule.keys, rule.redirects) for node, rule in rules.items()}
     complete = shown == {node: (rule.keys, rule.redirects) for node, rule in does.rules()}
-    return RuleSet(priority, entries, does if complete else None, last.packets, last.bytes)
+    return RuleSet(
+        priority,
+        entries,
+        does if complete else None,
+        packets=last.packets,
+        bytes=last.bytes,
+    )
 
 
 def matches(found: RuleSet, wanted: Mirror | Program) -> bool:
@@ -140,13 +155,19 @@ def add(pod: Rtnl, index: int, priority: int, wanted: Mirror | Program) -> None:
         for node, rule in wanted.rules():
             pod.add_filter(index, priority, node, "u32", u32.pack(rule))
     except RtnlError:
-        for found in recognise(pod.filters(index, INGRESS, MOST_RULES, priority)):
-            remove(pod, found)
+        rules = filter(is_rule, pod.filters(index, INGRESS, MOST_RULES, priority))
+        for found in recognise([*rules]):
+            remove(pod, index, found)
         raise
 
 
-def remove(pod: Rtnl, found: RuleSet) -> None:
-    """Take rules away; the kernel removes the priority with the last of them."""
+def remove(pod: Rtnl, index: int, found: RuleSet) -> None:
+    """Take rules away."""
+    if found.alone:
+        # As a whole: beside other u32 filters on the device the kernel keeps the empty table of
+        # ours when the last of its rules goes (u32_delete).
+        pod.delete_priority(index, found.priority, found.entries[0].kind)
+        return
     # The redirect first: what is left lets all pass.
     for entry in sorted(found.entries, key=lambda entry: -(entry.handle & _NODE)):
         pod.delete_filter(entry)

@@ -190,7 +190,8 @@ def withdraw(place: Place, cookie: int, path: str) -> None:
     try:
         if known["wires"] or known["made"] or known["changes"]:
             with _View(path, cookie) as view:
-                plan = tap.plan(tap.observe(view.pod), "off", set(known["made"]), {})
+                seen = tap.observe(view.pod)
+                plan = tap.plan(seen, "off", set(known["made"]), {}, withdraw=True)
                 tap.execute(view.pod, plan)
                 checksum.restore(view.offloads, _changes(known["changes"]))
     except Gone:
