@@ -157,6 +157,12 @@ def test_tap_lane_needs_no_datapath(plugin: Plugin) -> None:
     assert plugin.doors.watchers == 1
 
 
+def test_check_replaces_a_killed_watcher(plugin: Plugin) -> None:
+    add(plugin)
+    plugin.ok("CHECK")
+    assert plugin.doors.watchers == 2
+
+
 # -- DEL, GC ---------------------------------------------------------------------------------
 
 

@@ -242,6 +242,7 @@ def _check(context: Context) -> str:
     record = state.load(place, request.container_id, request.ifname)
     if record is None:
         return "there is no record of this attachment"
+    vm.watch(context, record)
     if not state.wants_lane(record):
         return ""
     cookie, _ = doors.inspect(request.netns, request.ifname)

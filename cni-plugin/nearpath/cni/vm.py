@@ -37,12 +37,12 @@ def note(context: Context, record: dict[str, Any], *, own_netns: bool) -> None:
 
 
 def watch(context: Context, record: dict[str, Any]) -> None:
-    """Make sure that a watcher runs, if this node has virtual machines; after the record.
+    """Make sure that a watcher runs, if this node has virtual machines; ADD after its record.
 
     The watcher's file is there as long as one has work to do: also the ADD of a plain pod
     replaces one that was killed.
     """
-    if "tap" not in record["lanes"] and not os.path.exists(context.place.watcher_file):
+    if not vm_state.is_vm(record) and not os.path.exists(context.place.watcher_file):
         return
 
     def start() -> None:
