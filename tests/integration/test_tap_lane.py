@@ -120,41 +120,41 @@ def test_other_peoples_rules_come_first(lab: TapLab, mode: str) -> None:
     assert lab.counts() == (0, 0)
     # It keeps the qdisc, which was made for our rules.
     lab.look("off", withdraw=True)
-    assert "clsact" in lab.tc("qdisc", "show", "dev", "tap0")
+    assert "ingress" in lab.tc("qdisc", "show", "dev", "tap0")
     assert "dport" in lab.tc("-pretty", "filter", "show", "dev", "tap0", "ingress")
-    assert "clsact" not in lab.tc("qdisc", "show", "dev", "eth0-nic")
+    assert "ingress" not in lab.tc("qdisc", "show", "dev", "eth0-nic")
 
 
 def test_somebody_makes_the_qdisc_meanwhile(lab: TapLab) -> None:
-    """An ingress, when a clsact was to be made."""
+    """A clsact, when an ingress was to be made."""
     machine, outside = lab.plug(), lab.outside()
     with netns.entered(lab.pod), Rtnl() as pod:
         plan = tap.plan(tap.observe(pod), "mirror", set(), {})
-        lab.tc("qdisc", "add", "dev", "tap0", "ingress")
+        lab.tc("qdisc", "add", "dev", "tap0", "clsact")
         tap.execute(pod, plan)
     lab.made = plan.made
     assert passes(lab, machine, outside) == (1, 1)
     lab.look("off", withdraw=True)
-    assert "ingress" in lab.tc("qdisc", "show", "dev", "tap0")
+    assert "clsact" in lab.tc("qdisc", "show", "dev", "tap0")
 
 
 def test_busy_is_tried_again(lab: TapLab) -> None:
     machine, outside = lab.plug(), lab.outside()
-    real, failures = Rtnl.add_clsact, [EBUSY] * 3
+    real, failures = Rtnl.add_ingress, [EBUSY] * 3
 
     def busy(self: Rtnl, index: int) -> None:
         if failures:
-            raise RtnlError("make a clsact qdisc", failures.pop())
+            raise RtnlError("make an ingress qdisc", failures.pop())
         real(self, index)
 
-    with mock.patch.object(Rtnl, "add_clsact", busy):
+    with mock.patch.object(Rtnl, "add_ingress", busy):
         lab.look("mirror")
     assert passes(lab, machine, outside) == (1, 1)
 
 
 def test_busy_for_ever_is_an_error(lab: TapLab) -> None:
     with (
-        mock.patch.object(Rtnl, "add_clsact", side_effect=RtnlError("make it", EBUSY)) as tried,
+        mock.patch.object(Rtnl, "add_ingress", side_effect=RtnlError("make it", EBUSY)) as tried,
         pytest.raises(RtnlError, match="busy"),
     ):
         lab.look("mirror")
@@ -266,7 +266,7 @@ def test_a_tap_that_is_plugged_anew(lab: TapLab, mode: str) -> None:
     with outside:
         assert lab.look(mode).outcomes[0].reason == "no-tap"
         assert not lab.look(mode).steps
-        assert "clsact" not in lab.shown_of("eth0-nic")
+        assert "ingress" not in lab.shown_of("eth0-nic")
         old = lab.bound.tap_index
         lab.bound = virt_handler.plug_tap(lab.bound)
         assert lab.bound.tap_index != old
@@ -306,7 +306,7 @@ def test_everything_is_gone_after_an_unplug(lab: TapLab, mode: str) -> None:
     plan = lab.look(mode)
     assert not plan.outcomes
     assert lab.made == set()
-    assert "clsact" not in lab.shown_of("eth0-nic")
+    assert "ingress" not in lab.shown_of("eth0-nic")
 
 
 def test_mtu_changes(lab: TapLab) -> None:

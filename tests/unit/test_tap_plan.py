@@ -30,7 +30,7 @@ BRIDGE = Link(10, "k6t-eth0", "bridge", address=MAC_1)
 TAP = Link(11, "tap0", "tap", master=10, address=MAC_2)
 NIC = Link(2, "eth0-nic", "veth", master=10, address=MAC_1, peer=7, peer_elsewhere=True)
 WIRE = wire(BRIDGE, [TAP, NIC])
-HOST = HostEnd(7, "veth7", HOST_MAC, switched=True, has_foreign_bpf=False)
+HOST = HostEnd(7, "veth7", HOST_MAC, peer=2, switched=True, has_foreign_bpf=False)
 
 TO_NIC, TO_TAP = Mirror(2, (MAC_1, MAC_2)), Mirror(11, (MAC_1, MAC_2))
 
@@ -39,7 +39,7 @@ def rules(does: Mirror | str | None, priority: int = PRIORITIES[0]) -> RuleSet:
     return RuleSet(priority, (), does)
 
 
-def device(*sets: RuleSet, kind: str = "clsact", foreign: bool = False) -> Device:
+def device(*sets: RuleSet, kind: str = "ingress", foreign: bool = False) -> Device:
     taken = frozenset(found.priority for found in sets)
     return Device(Qdisc(1, kind), sets, taken, foreign)
 
@@ -170,6 +170,7 @@ def test_peer_is_for_the_taps_side_alone() -> None:
     [
         (NIC, {}),
         (NIC, {2: replace(HOST, has_foreign_bpf=True)}),
+        (NIC, {2: replace(HOST, peer=3)}),
         (replace(NIC, peer_elsewhere=False), {2: HOST}),
     ],
 )

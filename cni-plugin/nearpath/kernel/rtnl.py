@@ -49,7 +49,7 @@ _TC = struct.Struct("=BxxxiIII")  # family, ifindex, handle, parent, info
 _KIND, _OPTIONS, _CHAIN, _INGRESS_BLOCK, _EGRESS_BLOCK = 1, 2, 11, 13, 14
 _NESTED = 0x8000
 _TYPE = 0x3FFF  # without the flags for nested and network byte order
-_CLSACT = 0xFFFFFFF1  # TC_H_CLSACT = TC_H_INGRESS
+_INGRESS = 0xFFFFFFF1  # TC_H_INGRESS = TC_H_CLSACT
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_…)
 _ALL = 0x0003  # ETH_P_ALL; filters take it in network byte order
 
@@ -215,28 +215,28 @@ class Rtnl:
         found = {}
         for answer in self._dump("list qdiscs", _GETQDISC, _TC.pack(0, 0, 0, 0, 0), most):
             _, index, _, parent, _ = _TC.unpack_from(answer)
-            if parent == _CLSACT:
+            if parent == _INGRESS:
                 known = attributes(answer, _TC.size)
                 shared = bool(number(known.get(_INGRESS_BLOCK)) | number(known.get(_EGRESS_BLOCK)))
                 found[index] = Qdisc(index, text(known.get(_KIND)), shared)
         return found
 
-    def add_clsact(self, index: int) -> None:
-        """Make it.
+    def add_ingress(self, index: int) -> None:
+        """Make an ``ingress`` qdisc.
 
         Raises:
-            RtnlError: errno EEXIST if there is one, also an ``ingress``.
+            RtnlError: errno EEXIST if there is one, also a ``clsact``.
         """
-        # tc qdisc add dev <index> clsact
-        body = _TC.pack(0, index, 0xFFFF0000, _CLSACT, 0) + attribute(_KIND, b"clsact\0")
+        # tc qdisc add dev <index> ingress
+        body = _TC.pack(0, index, 0xFFFF0000, _INGRESS, 0) + attribute(_KIND, b"ingress\0")
         flags = _REQUEST | _ACK | _CREATE | _EXCL
-        self._ask(f"make a clsact qdisc on link {index}", _NEWQDISC, flags, body)
+        self._ask(f"make an ingress qdisc on link {index}", _NEWQDISC, flags, body)
 
-    def delete_clsact(self, index: int) -> None:
+    def delete_ingress(self, index: int) -> None:
         """Delete it with all filters on it; none, or no such device, is fine."""
-        # tc qdisc del dev <index> clsact
-        body = _TC.pack(0, index, 0xFFFF0000, _CLSACT, 0) + attribute(_KIND, b"clsact\0")
-        self._gone_is_fine(f"delete the clsact qdisc of link {index}", _DELQDISC, body)
+        # tc qdisc del dev <index> ingress
+        body = _TC.pack(0, index, 0xFFFF0000, _INGRESS, 0) + attribute(_KIND, b"ingress\0")
+        self._gone_is_fine(f"delete the ingress qdisc of link {index}", _DELQDISC, body)
 
     # -- filters -----------------------------------------------------------------------------
 

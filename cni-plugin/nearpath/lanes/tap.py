@@ -50,6 +50,7 @@ class HostEnd:
     """What is known of the other end of a pod's veth.
 
     Attributes:
+        peer: ifindex of its own other end, in the pod.
         switched: it is the port of a bridge, OVS or the like.
         has_foreign_bpf: programs at its ingress, which frames of mode "peer" would meet in a
             way that they may not expect (or, XDP, would not meet at all).
@@ -58,6 +59,7 @@ class HostEnd:
     index: int
     name: str
     address: bytes
+    peer: int
     switched: bool
     has_foreign_bpf: bool
 
@@ -103,7 +105,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class MakeQdisc:
-    """Make a clsact qdisc on a device."""
+    """Make an ingress qdisc on a device."""
 
     index: int
 
@@ -226,8 +228,10 @@ def _outcome(seen: Observed, wire: Wire, mode: str, host: dict[int, HostEnd]) ->
             return Outcome(wire, OFF, "no-priority")
     if mode == PEER:
         end = host.get(wire.nic.index)
-        # bpf_redirect_peer() drops what would stay in the same namespace.
-        if end is None or end.has_foreign_bpf or not wire.nic.peer_elsewhere:
+        # The peer may be in a third namespace, where its ifindex is another's here; and what
+        # would stay in the same namespace bpf_redirect_peer() drops.
+        known = end is not None and end.peer == wire.nic.index and wire.nic.peer_elsewhere
+        if end is None or not known or end.has_foreign_bpf:
             return Outcome(wire, REDIRECT, "peer-unavailable")
     return Outcome(wire, mode, "")
 
@@ -262,7 +266,7 @@ def _plan_device(
     if device.qdisc is None or ours is _Ours.NO:
         return
     idle = wanted is None and not device.foreign
-    if ours is _Ours.DELETE and idle and device.qdisc.kind == "clsact":
+    if ours is _Ours.DELETE and idle and device.qdisc.kind == "ingress":
         result.steps.append(DeleteQdisc(index))
     else:
         result.made.add(index)
@@ -294,13 +298,13 @@ def execute(pod: Rtnl, plan: Plan) -> None:
 def _carry_out(pod: Rtnl, step: MakeQdisc | DeleteQdisc | Add | Remove) -> None:
     match step:
         case MakeQdisc():
-            # Not ingress: on that, a filter that somebody puts on the egress works at ingress.
-            pod.add_clsact(step.index)
+            # Not clsact: all that the device sends would pass its empty egress (2 % of a stream).
+            pod.add_ingress(step.index)
         case DeleteQdisc():
             qdisc = pod.qdiscs(_MOST_QDISCS).get(step.index)
             device = _device(pod, step.index, qdisc)  # once more: somebody may have come
-            if qdisc and qdisc.kind == "clsact" and not device.foreign and not device.sets:
-                pod.delete_clsact(step.index)
+            if qdisc and qdisc.kind == "ingress" and not device.foreign and not device.sets:
+                pod.delete_ingress(step.index)
         case Add():
             tap_rules.add(pod, step.index, step.priority, step.what)
         case Remove():
@@ -349,4 +353,5 @@ def host_end(host: Rtnl, index: int) -> HostEnd | None:
             foreign = libbpf.has_tcx(index)
         except BpfError:  # no libbpf to ask: nothing is known
             foreign = True
-    return HostEnd(index, link.name, link.address, link.master != 0, foreign)
+    switched = link.master != 0
+    return HostEnd(index, link.name, link.address, link.peer, switched, foreign)
