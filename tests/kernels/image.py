@@ -115,6 +115,9 @@ mkdir /dev/shm /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+# udev makes it elsewhere; opening it loads the module.
+mkdir /dev/net
+mknod /dev/net/tun c 10 200
 ulimit -n 65536
 ip link set lo up
 stty -F /dev/ttyS1 raw -echo
