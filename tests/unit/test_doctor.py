@@ -11,9 +11,9 @@ import pytest
 
 from nearpath import state
 from nearpath.datapath import tables
-from nearpath.errors import BpfError, Unavailable
+from nearpath.errors import BpfError, NearpathError, Unavailable
 from nearpath.kernel import features
-from nearpath.node import doctor, doctor_kernel, doctor_node
+from nearpath.node import doctor, doctor_kernel, doctor_node, doctor_taps
 from nearpath.node.finding import FAIL, OK, WARN, Finding, report, verdict
 from nearpath.place import Place
 
@@ -75,6 +75,14 @@ def deny() -> list[str]:
         (doctor_node.check_pins(["tc/globals/cilium_ipcache"]), OK),
         (doctor_node.check_pins(["map_redir", "tc/globals/cilium_ipcache"]), WARN),
         (doctor_node.check_pins(["tc/globals/sock_pair_map"]), WARN),
+        (doctor_taps.check_modes({}), OK),
+        (doctor_taps.check_modes({"peer": "cannot load: unknown func"}), WARN),
+        (doctor_taps.check_modes({"mirror": "cannot add a u32 filter", "peer": "no"}), WARN),
+        (doctor_taps.check_modes(NearpathError("cannot make a network namespace")), WARN),
+        (doctor_taps.check_watcher(running=False, machines=0, failing=[]), OK),
+        (doctor_taps.check_watcher(running=True, machines=2, failing=[]), OK),
+        (doctor_taps.check_watcher(running=False, machines=2, failing=[]), WARN),
+        (doctor_taps.check_watcher(running=True, machines=2, failing=["busy"]), WARN),
     ],
 )
 def test_checks(finding: Finding, state_: str) -> None:
@@ -350,6 +358,14 @@ def test_examine_on_a_bare_kernel(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert found["programs"].remedy == "install libbpf1"
     assert found["btf"].state == found["cgroup-v2"].state == FAIL
     assert "other-sock-ops" not in found
+    assert {"tap-lane", "virtual-machines"} <= set(found)
+
+
+def test_what_is_lost_by_mode() -> None:
+    """Without the default mode the lane, without another only that one."""
+    assert "stay on their bridge" in doctor_taps.check_modes({"mirror": "no"}).lost
+    finding = doctor_taps.check_modes({"redirect": "no", "peer": "no"})
+    assert finding.lost == "the modes redirect and peer of the tap lane"
 
 
 def test_counters_have_an_explanation() -> None:

@@ -13,6 +13,7 @@ from nearpath.errors import NearpathError
 from nearpath.kernel import cgroup, features, mounts
 from nearpath.node import doctor_kernel as kernel
 from nearpath.node import doctor_node as node
+from nearpath.node import doctor_taps
 from nearpath.node.finding import FAIL, OK, Finding
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def examine(place: Place, bin_dirs: Sequence[str], conf_dir: str) -> list[Findin
     findings.append(node.check_pins(features.pins()))
     findings.extend(node.check_cni(bin_dirs, conf_dir))
     findings.extend(node.check_place(place))
+    findings.extend(doctor_taps.examine(place))
     return findings
 
 
