@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from helpers.tap import GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM, Frame
+from helpers.tap import GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, Frame
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,6 +197,20 @@ class Builder:
             struct.pack_into("!H", whole, start + 16, partial)
             frame = Frame(bytes(whole), NEEDS_CSUM, kind, start + 20, size, start, 16)
             yield name, mark, frame, True
+
+
+def datagrams(source: str, target: str) -> Case:
+    """Many UDP datagrams in one frame (USO, since Linux 6.2)."""
+    from scapy.layers.inet import UDP
+
+    builder = Builder(source, target, (GUEST_IP, OTHER_IP, GUEST_IP6, OTHER_IP6))
+    mark = token()
+    udp = UDP(sport=1111, dport=2222)
+    whole = bytearray((builder.ether() / builder.ip4() / udp / (mark + bytes(30000))).build())
+    partial = _pseudo_header(bytes(whole[26:34]), 17, len(whole) - 34)
+    struct.pack_into("!H", whole, 40, partial)
+    frame = Frame(bytes(whole), NEEDS_CSUM, GSO_UDP_L4, 42, 1400, 34, 6)
+    return Case("datagrams", mark, frame, lane=True)
 
 
 def _pseudo_header(addresses: bytes, protocol: int, length: int) -> int:

@@ -14,6 +14,8 @@ from helpers.commands import CommandError, run
 from helpers.netns import inside
 from helpers.tap_lab import GUEST_MAC, HOST, MODES, TapLab, tap_lab
 from nearpath.kernel import netns
+from nearpath.kernel.rtnl import Rtnl
+from nearpath.lanes import tap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,6 +83,18 @@ def test_frames_to_the_machine(lab: TapLab, mode: str, subtests: pytest.Subtests
     check(subtests, lab, mode, tap_frames.to_guest(GUEST_MAC), ends, 1)
 
 
+@pytest.mark.needs_kernel("6.2", "UDP segmentation on taps")
+@pytest.mark.parametrize("mode", MODES)
+def test_many_datagrams_in_a_frame(lab: TapLab, mode: str) -> None:
+    machine, outside, watcher = lab.plug(), lab.outside(), lab.watcher()
+    case = tap_frames.datagrams(GUEST_MAC, tap_frames.OTHER_MAC)
+    by_bridge, seen = crossed(machine, outside, watcher, case)
+    assert seen == 1
+    lab.look(mode)
+    assert crossed(machine, outside, watcher, case) == (by_bridge, 0)
+    assert by_bridge.gso_size == case.frame.gso_size
+
+
 @pytest.mark.smoke
 def test_peer_frames_reach_the_hosts_stack(lab: TapLab) -> None:
     """In mode "peer" a frame to the host's own address is for the host; others are not."""
@@ -105,6 +119,22 @@ def test_peer_frames_reach_the_hosts_stack(lab: TapLab) -> None:
         with pytest.raises(BlockingIOError):
             listener.recv(2000)
     assert lab.counts()[0] == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_are_counted_without_ethernet_headers(lab: TapLab, mode: str) -> None:
+    machine, outside = lab.plug(), lab.outside()
+    lab.look(mode)
+    case = next(c for c in tap_frames.from_guest(GUEST_MAC) if c.name == "1000 B")
+    for _ in range(3):
+        machine.send(case.frame)
+        outside.receive(case.token)
+    with netns.entered(lab.pod), Rtnl() as pod:
+        counted = tap.counts(pod, tap.observe(pod))[lab.bound.tap_index]
+    assert counted == {
+        "from_vm": {"packets": 3, "bytes": 3000},
+        "to_vm": {"packets": 0, "bytes": 0},
+    }
 
 
 # -- what the bridge itself has to see -------------------------------------------------------
