@@ -88,17 +88,26 @@ def build() -> None:
     Raises:
         NearpathError: no compiler, or it failed.
     """
-    if PROGRAM.exists() and PROGRAM.stat().st_mtime > _SOURCE.stat().st_mtime:
+    compiled(_SOURCE, PROGRAM)
+
+
+def compiled(source: Path, program: Path) -> None:
+    """Compile a generator, unless that is done.
+
+    Raises:
+        NearpathError: no compiler, or it failed.
+    """
+    if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
         return
     compiler = shutil.which("cc") or shutil.which("clang")
     if compiler is None:
         raise NearpathError("no C compiler is installed", "make setup")
-    PROGRAM.parent.mkdir(parents=True, exist_ok=True)
+    program.parent.mkdir(parents=True, exist_ok=True)
     options = ("-O2", "-Wall", "-Wextra", "-Werror")
-    command = [compiler, *options, "-o", str(PROGRAM), str(_SOURCE)]
+    command = [compiler, *options, "-o", str(program), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
-        raise NearpathError(f"{_SOURCE} does not compile:\n{done.stderr}")
+        raise NearpathError(f"{source} does not compile:\n{done.stderr}")
 
 
 def interpret(job: Job, printed: dict[str, Any]) -> Reading:
@@ -172,7 +181,7 @@ def disturbance(
     return min(1.0, max(0.0, lost / wall))
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a session, with its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -182,7 +191,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
+def ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
     """Wait for a child without reaping it; False if it is still running after ``timeout`` s."""
     descriptor = os.pidfd_open(process.pid)
     try:
@@ -191,7 +200,8 @@ def _ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
         os.close(descriptor)
 
 
-def _start(command: list[str]) -> subprocess.Popen[bytes]:
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a process that leads a session, with pipes for what it says."""
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -205,13 +215,13 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
 @contextmanager
 def serving(where: Where, job: Job, port: int) -> Iterator[Server]:
     """A server for this job; it listens inside the block."""
-    process = _start(where.command("serve", *job.arguments(port, "0.0.0.0")))  # noqa: S104 - in a netns
+    process = start(where.command("serve", *job.arguments(port, "0.0.0.0")))  # noqa: S104 - in a netns
     try:
         server = Server(process)
         server.line(_PATIENCE)
         yield server
     finally:
-        _kill(process)
+        kill(process)
 
 
 def ask(
@@ -227,15 +237,15 @@ def ask(
     """
     before = server.times()
     begin = time.monotonic()
-    process = _start(where.command("ask", *job.arguments(port, address)))
+    process = start(where.command("ask", *job.arguments(port, address)))
     try:
-        if not _ended(process, _PATIENCE):
+        if not ended(process, _PATIENCE):
             raise NearpathError(f"{job.test} of {job.size} B did not end in time")
         wall = time.monotonic() - begin
         client = schedule(process.pid)  # still there, for nobody has waited for it
         stdout, stderr = process.communicate()
     finally:
-        _kill(process)
+        kill(process)
     if process.returncode:
         text = stderr.decode().strip() or f"status {process.returncode}"
         raise NearpathError(f"{job.test} of {job.size} B failed: {text}")
@@ -251,7 +261,7 @@ def ask(
 @contextmanager
 def serving_qperf(where: Where, port: int) -> Iterator[None]:
     """A qperf server; ``port`` is for control, the client names the other one."""
-    process = _start(where.command("exec", demo_qperf.executable(), "-lp", port))
+    process = start(where.command("exec", demo_qperf.executable(), "-lp", port))
     try:
         end = time.monotonic() + _PATIENCE
         while not _listens(process, port):
@@ -260,7 +270,7 @@ def serving_qperf(where: Where, port: int) -> Iterator[None]:
             time.sleep(0.01)
         yield
     finally:
-        _kill(process)
+        kill(process)
 
 
 def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
@@ -284,13 +294,13 @@ def ask_qperf(
     control, data = ports
     connect = (demo_qperf.executable(), address, "-lp", control, "-ip", data)
     what = ("-t", seconds, "-m", size, "-vvs", "-uu", "-e", 6, test)
-    process = _start(where.command("exec", *connect, *what))
+    process = start(where.command("exec", *connect, *what))
     try:
         stdout, stderr = process.communicate(timeout=seconds + _QPERF_GRACE)
     except subprocess.TimeoutExpired as error:
         raise NearpathError(f"qperf {test} {size} B did not end in time") from error
     finally:
-        _kill(process)
+        kill(process)
     if process.returncode:
         raise NearpathError(f"qperf {test} {size} B failed: {stderr.decode().strip()[:300]}")
     reading = demo_qperf.parse(test, stdout.decode())

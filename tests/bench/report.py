@@ -15,46 +15,37 @@ KERNEL, NEARPATH = "kernel", "nearpath"
 MET, MISSED = "met", "not met"
 
 
-@dataclass
-class Series:
-    """The runs of one point; arms are KERNEL, NEARPATH and the names of others.
+class Ratios:
+    """Runs of several arms, one of each per round, against those of one of them, the baseline.
 
     Attributes:
-        values: in the unit of the test, by arm, one of each arm per round.
-        p99: of the time of a turn in µs, likewise; empty: not measured.
-        wire: bytes that crossed the client's veth per byte of payload or connection, likewise.
-        counters: of the lane, how far they moved in all rounds.
+        baseline: name of that arm.
+        values: in one unit, by arm, one of each arm per round.
     """
 
-    point: Point
-    values: dict[str, list[float]] = field(default_factory=dict)
-    p99: dict[str, list[float]] = field(default_factory=dict)
-    wire: dict[str, list[float]] = field(default_factory=dict)
-    counters: dict[str, int] = field(default_factory=dict)
+    baseline: str
+    values: dict[str, list[float]]
 
-    def add(self, arm: str, value: float, p99: float, wire: float) -> None:
-        """One run."""
-        self.values.setdefault(arm, []).append(value)
-        self.wire.setdefault(arm, []).append(wire)
-        if p99:
-            self.p99.setdefault(arm, []).append(p99)
+    @property
+    def less_is_better(self) -> bool:
+        """Of the values."""
+        raise NotImplementedError
+
+    def target(self, arm: str) -> float | None:
+        """What the arm's ratio is to reach; None: nothing is asked."""
+        raise NotImplementedError
 
     def median(self, arm: str) -> float:
         """Of the runs."""
         return statistics.median(self.values[arm])
 
-    def share(self, arm: str) -> float:
-        """Part of the kernel path's bytes on the wire that this arm has saved (0 to 1)."""
-        kernel = statistics.median(self.wire[KERNEL])
-        return max(0.0, 1 - statistics.median(self.wire[arm]) / kernel) if kernel else 0.0
-
     def _rounds(self, arm: str) -> list[float]:
-        """Of each round the arm's value to the kernel path's, the worst first."""
-        pairs = zip(self.values[arm], self.values[KERNEL], strict=True)
-        return sorted((own / kernel for own, kernel in pairs), reverse=self.point.less_is_better)
+        """Of each round the arm's value to the baseline's, the worst first."""
+        pairs = zip(self.values[arm], self.values[self.baseline], strict=True)
+        return sorted((own / base for own, base in pairs), reverse=self.less_is_better)
 
     def ratio(self, arm: str) -> float:
-        """Of the arm to the kernel path: the median of the rounds' ratios.
+        """Of the arm to the baseline: the median of the rounds' ratios.
 
         And not the ratio of the medians, for a slow moment of the machine hits both runs of
         a round.
@@ -75,17 +66,9 @@ class Series:
         rank = max(0, int((count + 1) / 2 - 1.96 * count**0.5 / 2) - 1)
         return ratios[rank], ratios[-1 - rank]
 
-    def p99_ratio(self, arm: str) -> float | None:
-        """Of the arm's 99th percentile to the kernel path's; None: not measured."""
-        if arm not in self.p99 or KERNEL not in self.p99:
-            return None
-        return statistics.median(self.p99[arm]) / statistics.median(self.p99[KERNEL])
-
-    def reaches(self, ratio: float) -> bool:
-        """True if a ratio is at the target or better; there must be one."""
-        target = self.point.target
-        assert target is not None
-        return ratio <= target if self.point.less_is_better else ratio >= target
+    def reaches(self, ratio: float, target: float) -> bool:
+        """True if a ratio is at the target or better."""
+        return ratio <= target if self.less_is_better else ratio >= target
 
     def verdict(self, arm: str) -> str:
         """MET, MISSED, or nothing without a target.
@@ -93,12 +76,65 @@ class Series:
         With a question mark if the target lies within the interval: then this run does not
         tell.
         """
-        if self.point.target is None:
+        target = self.target(arm)
+        if target is None:
             return ""
-        result = MET if self.reaches(self.ratio(arm)) else MISSED
+        result = MET if self.reaches(self.ratio(arm), target) else MISSED
         worse, better = self.interval(arm)
-        unsure = self.reaches(worse) != self.reaches(better)
+        unsure = self.reaches(worse, target) != self.reaches(better, target)
         return f"{result}?" if unsure else result
+
+    def target_text(self, arm: str) -> str:
+        """``≤ 0.92``; nothing without a target."""
+        target = self.target(arm)
+        return "" if target is None else f"{'≤' if self.less_is_better else '≥'} {target:.2f}"
+
+
+@dataclass
+class Series(Ratios):
+    """The runs of one point; arms are KERNEL, NEARPATH and the names of others.
+
+    Attributes:
+        values: in the unit of the test, by arm, one of each arm per round.
+        p99: of the time of a turn in µs, likewise; empty: not measured.
+        wire: bytes that crossed the client's veth per byte of payload or connection, likewise.
+        counters: of the lane, how far they moved in all rounds.
+    """
+
+    point: Point
+    values: dict[str, list[float]] = field(default_factory=dict)
+    p99: dict[str, list[float]] = field(default_factory=dict)
+    wire: dict[str, list[float]] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+    baseline: str = KERNEL
+
+    @property
+    def less_is_better(self) -> bool:
+        """Of the values."""
+        return self.point.less_is_better
+
+    def target(self, arm: str) -> float | None:
+        """The point's, for every arm."""
+        del arm
+        return self.point.target
+
+    def add(self, arm: str, value: float, p99: float, wire: float) -> None:
+        """One run."""
+        self.values.setdefault(arm, []).append(value)
+        self.wire.setdefault(arm, []).append(wire)
+        if p99:
+            self.p99.setdefault(arm, []).append(p99)
+
+    def share(self, arm: str) -> float:
+        """Part of the kernel path's bytes on the wire that this arm has saved (0 to 1)."""
+        kernel = statistics.median(self.wire[KERNEL])
+        return max(0.0, 1 - statistics.median(self.wire[arm]) / kernel) if kernel else 0.0
+
+    def p99_ratio(self, arm: str) -> float | None:
+        """Of the arm's 99th percentile to the kernel path's; None: not measured."""
+        if arm not in self.p99 or KERNEL not in self.p99:
+            return None
+        return statistics.median(self.p99[arm]) / statistics.median(self.p99[KERNEL])
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -175,12 +211,6 @@ def _arms(series: Iterable[Series]) -> list[str]:
     return sorted(found, key=lambda arm: arm != NEARPATH)
 
 
-def _target_text(point: Point) -> str:
-    if point.target is None:
-        return ""
-    return f"{'≤' if point.less_is_better else '≥'} {point.target:.2f}"
-
-
 def tables(series: Sequence[Series]) -> list[Table]:
     """One table per path, congestion control and number of CPUs."""
     groups: dict[tuple[str, str, int], list[Series]] = {}
@@ -212,7 +242,7 @@ def _table(key: tuple[str, str, int], group: list[Series]) -> Table:
                 f"{each.share(arm):.0%}",
             ]
             if arm == NEARPATH:
-                row += [_target_text(point), each.verdict(arm)]
+                row += [each.target_text(NEARPATH), each.verdict(arm)]
         rows.append(tuple(row))
     ends = "both ends on one CPU" if cpus == 1 else "each end on a CPU of its own"
     return Table(f"{path} path, {control}, {ends}", tuple(heads), rows)
@@ -223,7 +253,7 @@ def summary(series: Sequence[Series]) -> Table:
     groups: dict[tuple[str, str], list[Series]] = {}
     for each in series:
         if each.point.target is not None:
-            key = (each.point.test, _target_text(each.point))
+            key = (each.point.test, each.target_text(NEARPATH))
             groups.setdefault(key, []).append(each)
     rows: list[tuple[str, ...]] = []
     for (test, target), group in groups.items():

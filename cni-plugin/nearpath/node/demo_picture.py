@@ -42,7 +42,7 @@ def number(value: float) -> str:
     return f"{value:.{min(digits, 2)}f}"
 
 
-class _Canvas:
+class Canvas:
     """Collects SVG elements."""
 
     def __init__(self) -> None:
@@ -76,14 +76,14 @@ class _Canvas:
         self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=color)
 
 
-def _round_step(highest: float) -> float:
+def round_step(highest: float) -> float:
     """Distance of about five grid lines, 1, 2 or 5 times a power of ten."""
     rough = highest / 5
     power = 10.0 ** math.floor(math.log10(rough))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= rough)
 
 
-def _frame(canvas: _Canvas, test: str, series: Sequence[Series]) -> list[float]:
+def _frame(canvas: Canvas, test: str, series: Sequence[Series]) -> list[float]:
     """Title, sizes and ratios of a panel; the middle of each size's column."""
     left, right = _PANELS[test]
     title, unit = _TITLES[test]
@@ -99,10 +99,10 @@ def _frame(canvas: _Canvas, test: str, series: Sequence[Series]) -> list[float]:
     return middles
 
 
-def _bars(canvas: _Canvas, series: Sequence[Series]) -> None:
+def _bars(canvas: Canvas, series: Sequence[Series]) -> None:
     left, right = _PANELS[LATENCY]
     highest = max(each.median(path) for each in series for path in _COLORS)
-    step = _round_step(highest)
+    step = round_step(highest)
     top = step * math.ceil(highest / step)
     scale = (_BOTTOM - _TOP) / top
     for tick in range(round(top / step) + 1):
@@ -118,7 +118,7 @@ def _bars(canvas: _Canvas, series: Sequence[Series]) -> None:
             canvas.text(x + width / 2, _BOTTOM - height - 5, number(value), font_size=10)
 
 
-def _points(canvas: _Canvas, series: Sequence[Series]) -> None:
+def _points(canvas: Canvas, series: Sequence[Series]) -> None:
     left, right = _PANELS[BANDWIDTH]
     values = [each.median(path) for each in series for path in _COLORS]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
@@ -144,7 +144,7 @@ def _points(canvas: _Canvas, series: Sequence[Series]) -> None:
 
 def svg(outcome: Outcome) -> str:
     """The picture of an outcome."""
-    canvas = _Canvas()
+    canvas = Canvas()
     canvas.rect(0, 0, "#ffffff", width=_WIDTH, height=_HEIGHT)
     title = "Two pods on one node: kernel path and nearpath"
     canvas.text(24, 38, title, font_size=22, text_anchor="start", font_weight=700)
