@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SERVER = Path(__file__).with_name("dhcp_server.py")
 _PYTHON = ("/usr/bin/python3", "-I", "-S")
+_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 DISCOVER, REQUEST = 1, 3
 
 
@@ -62,7 +63,8 @@ def dhcp(bound: Bound, directory: Path) -> Iterator[Dhcp]:
     log = directory / f"dhcp-{Path(bound.netns).name}-{bound.bridge_index}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*inside(bound.netns), *_PYTHON, str(_SERVER), json.dumps(wanted)],
+            # A killed test run takes it along.
+            [*_WITH_US, *inside(bound.netns), *_PYTHON, str(_SERVER), json.dumps(wanted)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

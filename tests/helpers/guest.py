@@ -61,7 +61,7 @@ bound|renew)
 esac
 """
 
-# A command is a line of base64; its answer is its status and what it printed, in base64.
+# A command is a number and base64; its answer the number, status, and what it printed in base64.
 _INIT = """\
 #!/bin/busybox sh
 export PATH=/bin HOME=/
@@ -78,10 +78,10 @@ talk serve {port} >/tmp/serve 2>&1 &
 until grep -q ready /tmp/serve; do sleep 0.05; done
 exec 3<>/dev/vport{number}p1
 echo ready >&3
-while read -r line <&3; do
+while read -r number line <&3; do
     echo "$line" | base64 -d >/tmp/command
     sh /tmp/command </dev/null >/tmp/said 2>&1 3<&-
-    echo "$? $(base64 /tmp/said | tr -d '\\n')" >&3
+    echo "$number $? $(base64 /tmp/said | tr -d '\\n')" >&3
 done
 poweroff -f
 """
@@ -170,6 +170,7 @@ class Guest:
         self._agent = self._listen("agent", stack)
         self._monitor = self._listen("monitor", stack)
         self._greeted = False
+        self._commands = 0
         self._process = self._start()
         stack.callback(kill_group, self._process)
 
@@ -243,8 +244,12 @@ class Guest:
         Raises:
             CommandError: it failed (with ``check``) or took too long.
         """
-        self._agent.send(base64.b64encode(command.encode()).decode())
-        status, _, encoded = self._receive(timeout).partition(" ")
+        self._commands += 1
+        self._agent.send(f"{self._commands} {base64.b64encode(command.encode()).decode()}")
+        number = 0
+        while number != self._commands:  # late answers of those that took too long
+            first, status, encoded = self._receive(timeout).split(" ")
+            number = int(first)
         said = base64.b64decode(encoded).decode(errors="backslashreplace")
         if check and status != "0":
             raise CommandError(f"`{command}` in the guest ended with status {status}\n{said}")

@@ -22,7 +22,6 @@ from helpers.commands import run, wait_until
 from helpers.dhcp import dhcp
 from helpers.guest import Guest, started
 from helpers.netns import addresses, host_veth, inside, namespace
-from helpers.virt_handler import links
 from nearpath.kernel import netns as namespaces
 
 if TYPE_CHECKING:
@@ -171,15 +170,22 @@ class Machine(Pod):
 
     # --- what is left -------------------------------------------------------
 
-    def rules(self) -> dict[str, str]:
-        """Qdiscs and filters at the ingress of all devices; those without are left out."""
+    def filters(self) -> dict[str, str]:
+        """Filters at the ingress of all devices; those without are left out."""
         found = {}
-        for device in links(self.netns):
-            said = run([*self.inside, "tc", "qdisc", "show", "dev", device, "clsact"]).stdout
-            for parent in ("ingress", "egress") if said else ():
-                said += run([*self.inside, "tc", "filter", "show", "dev", device, parent]).stdout
-            if said:
+        for device in self.qdiscs():
+            show = [*self.inside, "tc", "filter", "show", "dev", device, "ingress"]
+            if said := run(show).stdout:
                 found[device] = said
+        return found
+
+    def qdiscs(self) -> dict[str, str]:
+        """Ingress and clsact qdiscs of all devices; those without are left out."""
+        found = {}
+        for line in run([*self.inside, "tc", "qdisc", "show"]).stdout.splitlines():
+            _, kind, _, _, device, *_ = line.split()
+            if kind in {"ingress", "clsact"}:
+                found[device] = kind
         return found
 
     def offloads(self) -> dict[str, dict[str, bool]]:

@@ -105,7 +105,8 @@ class Background:
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command,
+        # A killed test run takes it along.
+        ["setpriv", "--pdeathsig", "KILL", *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
