@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 PORT = 5000
 TIMEOUT = 20.0 * PATIENCE
+VXLAN_PORT = 4789
+VXLAN_HEADERS = 14 + 20 + 8 + 8  # over IPv4
 _ETH_P_ALL = 0x0003
 # Last numbers of their addresses.
 _NUMBERS = {"guest": 2, "pod": 3, "other": 4, "outside": 9}
@@ -279,6 +281,38 @@ def _read(connection: socket.socket) -> bytes:
     while part := connection.recv(1 << 18):
         parts.append(part)
     return b"".join(parts)
+
+
+@contextmanager
+def vxlan(lab: Node) -> Iterator[None]:
+    """Between node and outside, packets travel inside VXLAN while the block runs."""
+    outside = lab.talkers["outside"]
+    make = f"link add vxlan7 mtu 1450 type vxlan id 7 dstport {VXLAN_PORT} udpcsum remote"
+    virt_handler.batch(
+        lab.node,
+        [
+            "link set uplink nomaster",
+            "address add 192.168.7.1/24 dev uplink",
+            f"{make} 192.168.7.9",
+            "link set vxlan7 master cni0",
+            "link set vxlan7 up",
+        ],
+    )
+    virt_handler.batch(
+        outside,
+        [
+            "address flush dev wan",
+            "address add 192.168.7.9/24 dev wan",
+            f"{make} 192.168.7.1",
+        ],
+    )
+    _give(outside, "vxlan7", "outside")
+    try:
+        yield
+    finally:
+        virt_handler.batch(lab.node, ["link delete vxlan7", "link set uplink master cni0"])
+        virt_handler.batch(outside, ["link delete vxlan7", "address flush dev wan"])
+        _give(outside, "wan", "outside")
 
 
 def answer_from_bridge(lab: Node) -> None:

@@ -168,6 +168,25 @@ def test_leaving_the_node(lab: Node, version: int, who: str, card: bool) -> None
 
 
 @VERSIONS
+@pytest.mark.parametrize("card", [True, False], ids=["card-computes", "card-does-not"])
+def test_leaving_in_a_tunnel(lab: Node, version: int, card: bool) -> None:
+    """In VXLAN, as overlays send it, the inner and the outer checksum are right on the wire."""
+    lab.uplink.near.offer(cable.SEGMENTS if card else 0)
+    lab.switch_off()
+    lab.attend("skip")
+    with vm_net.vxlan(lab), everywhere(lab) as seen:
+        talk(lab, "guest", "outside", version)
+    assert set(kinds([packet for packet in seen["vm"] if not packet.is_outgoing])) == {"open"}
+    wire = [frame for frame in lab.uplink.through if sums.port_of(frame.data, vm_net.VXLAN_PORT)]
+    assert all(sums.is_right(frame.data) for frame in wire)
+    inner = [frame.data[vm_net.VXLAN_HEADERS :] for frame in wire]
+    inner = [frame for frame in inner if sums.port_of(frame, PORT)]
+    assert sum(map(len, inner)) > STREAM
+    assert all(sums.is_right(frame) for frame in inner)
+    assert_no_errors(lab)
+
+
+@VERSIONS
 @pytest.mark.parametrize("who", ["guest", "pod"])
 def test_damaged_packets_from_outside(lab: Node, version: int, who: str) -> None:
     """A packet that was damaged on the wire is dropped by the stack that it is for."""
