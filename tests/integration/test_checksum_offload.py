@@ -171,6 +171,7 @@ def test_unknown_offload(lab: Devices) -> None:
             doors["pod"].want(index, {"tx-checksum-pigeon": True})
 
 
+@pytest.mark.smoke
 def test_software_and_back(lab: Devices) -> None:
     """Every offload of every device is afterwards what it was, those that went along too."""
     before = {name: lab.features(name) for name in ROLES}

@@ -68,12 +68,14 @@ MODULES = (
     "drivers/net/tun.ko*",
     "drivers/net/veth.ko*",
     "drivers/net/macvlan.ko*",
+    "drivers/net/vxlan/*",
     "drivers/net/ipvlan/*",
 )
 # Distributions of our own Python environment.
 PACKAGES = (
     *("pytest", "pluggy", "iniconfig", "packaging", "pygments", "pytest_timeout"),
     *("hypothesis", "sortedcontainers", "rich", "markdown_it_py", "mdurl"),
+    *("pyroute2", "scapy"),
     *("pyroute2", "scapy"),
 )
 # Of the project, with what the tests read besides. Compiled modules save seconds.
@@ -141,6 +143,8 @@ def machine(tree: Path) -> Path:
     archive.text("/etc/passwd", _ACCOUNTS)
     archive.text("/etc/group", _GROUPS)
     archive.text("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
+    # These make devices of their own when they are loaded, which look like a test's leftovers.
+    archive.text("/etc/modprobe.d/none.conf", "options dummy numdummies=0\noptions ifb numifbs=0\n")
     archive.file(_found("busybox"), "/usr/bin/busybox")
     for pattern in FILES:
         for name in glob.glob(pattern):
