@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from contextlib import closing
@@ -76,9 +77,13 @@ _FOREIGN = {
 }
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("foreign", _FOREIGN)
+@pytest.mark.parametrize(
+    ("foreign", "mode"),
+    [
+        pytest.param("ingress", "mirror", marks=pytest.mark.smoke),
+        *(pair for pair in itertools.product(_FOREIGN, MODES) if pair != ("ingress", "mirror")),
+    ],
+)
 def test_what_was_there_works_and_is_there_afterwards(lab: TapLab, mode: str, foreign: str) -> None:
     machine, outside = lab.plug(), lab.outside()
     for name in (lab.bound.names.tap, lab.bound.names.nic):
@@ -136,6 +141,28 @@ def test_somebody_makes_the_qdisc_meanwhile(lab: TapLab) -> None:
     assert passes(lab, machine, outside) == (1, 1)
     lab.look("off", withdraw=True)
     assert "clsact" in lab.tc("qdisc", "show", "dev", "tap0")
+
+
+@pytest.mark.parametrize("wanted", ["off", "redirect"])
+@pytest.mark.parametrize("lost", ["qdisc del dev tap0 ingress", "filter del dev tap0 ingress", ""])
+def test_what_is_gone_meanwhile_is_no_error(lab: TapLab, wanted: str, lost: str) -> None:
+    """Rules, the qdisc, or the tap itself, between the look and the change."""
+    lab.look("mirror")
+    with netns.entered(lab.pod), Rtnl() as pod:
+        withdraw = wanted == "off"
+        plan = tap.plan(tap.observe(pod), wanted, lab.made, {}, withdraw=withdraw)
+        if lost:
+            lab.tc(*lost.split())
+        else:
+            virt_handler.unplug_tap(lab.bound)
+        if lost.startswith("qdisc") and wanted != "off":
+            with pytest.raises(RtnlError):  # there is nothing to put the new rules on
+                tap.execute(pod, plan)
+        else:
+            tap.execute(pod, plan)
+    lab.made = plan.made
+    lab.look(wanted, withdraw=withdraw)
+    assert not lab.look(wanted, withdraw=withdraw).steps
 
 
 def test_busy_is_tried_again(lab: TapLab) -> None:

@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
-from errno import ENODEV, ENOENT
+from errno import EINVAL, ENODEV, ENOENT
 from typing import TYPE_CHECKING
 
 from nearpath.errors import NearpathError
@@ -62,12 +62,13 @@ Attributes = dict[int, bytes]
 
 
 class RtnlError(NearpathError):
-    """The kernel refused a request; ``errno`` says why."""
+    """The kernel refused a request; ``errno`` says why, ``said`` the same in its own words."""
 
     def __init__(self, what: str, errno: int, said: str = "") -> None:
         text = f"cannot {what}: {os.strerror(errno)}"
         super().__init__(f"{text} ({said})" if said else text)
         self.errno = errno
+        self.said = said
 
 
 def attribute(kind: int, content: bytes) -> bytes:
@@ -291,7 +292,9 @@ class Rtnl:
         try:
             self._ask(what, kind, _REQUEST | _ACK, body)
         except RtnlError as error:
-            if error.errno not in GONE:
+            # Of a filter whose qdisc is gone it only says so in words (net/sched/cls_api.c).
+            no_qdisc = error.errno == EINVAL and "Parent Qdisc" in error.said
+            if error.errno not in GONE and not no_qdisc:
                 raise
 
     def _dump(self, what: str, kind: int, body: bytes, most: int) -> list[bytes]:
