@@ -128,11 +128,13 @@ demo: root setup build ## two pods on this node, kernel path against nearpath (a
 	@$(PROGRAM) demo $(DEMO_ARGS)
 
 .PHONY: bench
-bench: root setup build ## start-up of the plugin, and the socket lane against the kernel path (as root)
+bench: root setup build ## start-up of the plugin, socket lane, tap lane, each against without; 20 min (as root)
 	@echo "==> bench: start-up"
 	@$(BIN)/python tests/bench/bench_startup.py $(BENCH_ARGS)
 	@echo "==> bench: socket lane"
 	@nice -n -20 $(BIN)/python tests/bench/bench_lane.py $(LANE_ARGS)
+	@echo "==> bench: tap lane"
+	@nice -n -20 $(BIN)/python tests/bench/bench_tap.py $(TAP_ARGS)
 
 .PHONY: lint
 lint: venv ## the linters alone

@@ -12,10 +12,10 @@
  * measures. TEST is
  *
  *   lat        ask sends SIZE bytes, guest sends them back
- *   to_vm      ask sends WINDOW messages of SIZE bytes, then asks how many have come
+ *   to_vm      ask sends WINDOW messages of SIZE bytes, then asks how many bytes have come
  *   from_vm    ask asks for WINDOW messages of SIZE bytes, and reads them
- *   to_vm_gso, from_vm_gso   likewise, each message one super packet (UDP_SEGMENT) that is
- *              cut by nobody on the way; SIZE is more than a segment
+ *   to_vm_gso, from_vm_gso   likewise, each message one super packet (UDP_SEGMENT); SIZE is
+ *              more than a segment. It arrives in one piece unless the kernel must cut it.
  *
  * and prints {"count": turns or bytes, "seconds": …, "p50_us": …, "p99_us": …, "max_us": …}.
  * Streams have a window because UDP has none: on one CPU the sender would fill the tap's
@@ -109,7 +109,7 @@ struct guest {
 	uint8_t mac[ETH_ALEN];
 	uint32_t address;
 	uint16_t identification;
-	uint64_t sunk;		 /* datagrams of SINK since the last COUNT */
+	uint64_t sunk;		 /* bytes that SINK got since the last COUNT */
 	uint8_t frame[FRAME];	 /* the last one that was read */
 	struct header first;	 /* of the datagram that is being put together */
 	uint8_t datagram[65536]; /* its UDP header and payload */
@@ -271,7 +271,7 @@ static void act(struct guest *guest)
 		reply(guest, data, size, false);
 		break;
 	case SINK:
-		guest->sunk++;
+		guest->sunk += size;
 		break;
 	case COUNT:
 		reply(guest, &guest->sunk, sizeof(guest->sunk), false);
@@ -438,6 +438,18 @@ static void hear(int sock, void *data, size_t size)
 	}
 }
 
+/* Super packets or what they were cut into. */
+static void hear_all(int sock, size_t size)
+{
+	for (size_t have = 0; have < size;) {
+		ssize_t got = recv(sock, buffer, sizeof(buffer), 0);
+
+		if (got <= 0)
+			fail("recv");
+		have += got;
+	}
+}
+
 /* One turn of what is measured. */
 static void turn(int sock, int other, const struct job *job)
 {
@@ -452,14 +464,16 @@ static void turn(int sock, int other, const struct job *job)
 			say(sock, buffer, job->size);
 		say(other, buffer, 1);
 		hear(other, &come, sizeof(come));
-		if (come != job->window) {
+		if (come != job->window * job->size) {
 			errno = EBADMSG;
-			fail("%llu of %u messages have come", (unsigned long long)come,
-			     job->window);
+			fail("%llu of %u * %zu bytes have come", (unsigned long long)come,
+			     job->window, job->size);
 		}
 	} else {
 		say(sock, &order, sizeof(order));
-		for (unsigned int read = 0; read < job->window; read++)
+		if (job->gso)
+			hear_all(sock, job->window * job->size);
+		for (unsigned int read = 0; !job->gso && read < job->window; read++)
 			hear(sock, buffer, job->size);
 	}
 }

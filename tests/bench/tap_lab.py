@@ -74,6 +74,7 @@ class Lab:
     Attributes:
         client, node: paths of the network namespaces.
         vm: what virt-handler made in the launcher's.
+        host_veth: ifindex of the host end of the launcher's NIC, in the node's.
         cpu: that both ends are pinned to.
         guest: the process on the tap.
     """
@@ -81,6 +82,7 @@ class Lab:
     client: str
     node: str
     vm: Bound
+    host_veth: int
     cpu: int
     guest: subprocess.Popen[bytes]
 
@@ -170,7 +172,8 @@ def lab(cpu: int) -> Iterator[Lab]:
         guest = load.start(command)
         stack.callback(load.kill, guest)
         _wait_until_ready(guest)
-        yield Lab(client, node, vm, cpu, guest)
+        index = virt_handler.links(node)[HOST_VETH]["ifindex"]
+        yield Lab(client, node, vm, index, cpu, guest)
 
 
 def _set_netfilter(path: str, on: bool) -> None:

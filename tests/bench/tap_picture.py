@@ -157,7 +157,7 @@ def _arms(each: TapSeries) -> list[Arm]:
 
 
 def _legend(canvas: Canvas) -> None:
-    x = 560.0
+    x = 640.0
     for mode in _COLORS:
         mark(canvas, Arm(mode, SKIP), x, 32)
         canvas.text(x + 12, 36, mode, font_size=13, text_anchor="start")

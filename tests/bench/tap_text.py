@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bench.report import MISSED, size_text
 from bench.tap_plan import BRIDGE, FROM_VM, LATENCY, MIRROR, PEER, REDIRECT, TO_VM, Arm
 from bench.tap_report import summary, tables
-from nearpath.lanes.checksum import SKIP, SOFTWARE
+from nearpath.lanes.checksum import KEEP, SKIP, SOFTWARE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -132,25 +132,22 @@ def findings(series: Sequence[TapSeries]) -> list[str]:
 
 def losses(series: Sequence[TapSeries]) -> list[str]:
     """Targets that were missed, and where an arm of ours is slower than the unmodified bridge."""
-    missed, slower = [], []
+    missed: dict[str, list[str]] = {}
+    slower: dict[str, list[str]] = {}
     for each in series:
         plain = "" if each.point.netfilter else " without netfilter"
-        what = f"{each.point.test}, {size_text(each.point.size)}{plain}"
         for arm in each.point.arms:
-            if arm.mode == BRIDGE or arm.name not in each.values:
+            if arm.mode == BRIDGE or arm.checksum == KEEP or arm.name not in each.values:
                 continue
-            ratio = f"{each.ratio(arm.name):.2f}"
-            verdict = each.verdict(arm.name)
-            if verdict.startswith(MISSED) and arm.checksum == SKIP:
-                unsure = ", within noise" if verdict.endswith("?") else ""
-                target = each.target_text(arm.name)
-                missed.append(f"{what}, {arm.mode}: {ratio} ({target} was the target{unsure})")
+            what = f"{each.point.test}{plain}, {arm.name}"
+            figure = f"{each.ratio(arm.name):.2f} at {size_text(each.point.size)}"
+            if each.verdict(arm.name).startswith(MISSED):
+                unsure = " (within noise)" if each.verdict(arm.name).endswith("?") else ""
+                asked = f"Target {each.target_text(arm.name)} missed: {what}"
+                missed.setdefault(asked, []).append(figure + unsure)
             _, better = each.interval(arm.name)
-            if not each.reaches(better, 1.0) and arm.checksum in {SKIP, SOFTWARE}:
-                slower.append(f"{what}, {arm.name}: {ratio}")
-    found = []
-    if missed:
-        found.append("Targets missed: " + "; ".join(missed) + ".")
-    if slower:
-        found.append("Slower than the unmodified bridge: " + "; ".join(slower) + ".")
-    return found
+            if not each.reaches(better, 1.0):
+                slower.setdefault(f"Slower than the unmodified bridge: {what}", []).append(figure)
+    return [
+        f"{what}: {', '.join(figures)}." for what, figures in (*missed.items(), *slower.items())
+    ]
