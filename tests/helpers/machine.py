@@ -56,7 +56,9 @@ class Pod:
         self._net = net
         self._stack = ExitStack()
         self.netns = self._stack.enter_context(namespace())
-        conflist = net.chained(runtimeConfig={ANNOTATIONS: dict(annotations)})
+        # Emulators keep this machine busy, and what is tested is not how patient a command is.
+        patient = {"timeoutSeconds": 30}
+        conflist = net.chained(runtimeConfig={ANNOTATIONS: dict(annotations)}, **patient)
         self._entry = {
             **conflist["plugins"][-1],
             "cniVersion": conflist["cniVersion"],
