@@ -147,7 +147,7 @@ def mark(canvas: Canvas, arm: Arm, x: float, y: float) -> None:
 
 def _label(each: TapSeries) -> str:
     if each.point.test in {SUPER_TO_VM, SUPER_FROM_VM}:
-        return "57 KiB GSO"
+        return "57.5 KiB, GSO"
     return size_text(each.point.size)
 
 

@@ -34,7 +34,7 @@ SUPER = _SEGMENTS * (_MTU - _HEADERS)
 _UNDER_WAY = 400
 _MOST_MESSAGES = 64
 # With switching and the start of a process.
-_RUN_SECONDS = 0.085
+_RUN_SECONDS = 0.05
 _SIZES = (1, 16, 64, 256, KiB, 4 * KiB, 16 * KiB)
 _STREAM_SIZES = (64, KiB, 4 * KiB, 16 * KiB)
 _QUICK_SIZES = (1, KiB, 16 * KiB)
@@ -142,7 +142,7 @@ def points(*, quick: bool, rounds: int = 0) -> list[Point]:
         quick: fewer sizes and rounds.
         rounds: on each arm; 0: as many as the time allows.
     """
-    count = rounds or (5 if quick else 19)
+    count = rounds or (11 if quick else 31)
     sizes = _QUICK_SIZES if quick else _SIZES
     streams = _QUICK_STREAM_SIZES if quick else _STREAM_SIZES
     wanted = [

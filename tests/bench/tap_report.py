@@ -150,7 +150,7 @@ def _table(test: str, group: list[TapSeries]) -> Table:
             row += _cells(each, Arm(mode, checksum), with_target=mode in asked)
         rows.append(tuple(row))
     better = "lower is better" if group[0].less_is_better else "higher is better"
-    return Table(f"{test.capitalize()}: {UNITS[test]}, {better}", tuple(heads), rows)
+    return Table(f"{test[0].upper()}{test[1:]}: {UNITS[test]}, {better}", tuple(heads), rows)
 
 
 def _asked(group: list[TapSeries]) -> set[str]:
