@@ -26,7 +26,8 @@ _BPFFS = Path("/sys/fs/bpf")
 _FROZEN = Path(__file__).parent.parent.parent / "dist" / "nearpath" / "nearpath"
 # Files of the run directory that outlive all pods; the second line is the datapath's.
 _LASTING = {"lock", "nearpath.log", "nearpath.log.1", "failures.json"}
-_LASTING |= {"loaded", "unloaded", "guards", "calibration.json", "vms.lock", "taps-paused"}
+_LASTING |= {"loaded", "unloaded", "guards", "calibration.json", "settings.json"}
+_LASTING |= {"vms.lock", "taps-paused"}
 
 
 def frozen_program() -> Path:
