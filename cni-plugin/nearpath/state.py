@@ -332,7 +332,7 @@ def records(place: Place) -> Iterator[dict[str, Any]]:
 def sweep(place: Place) -> int:
     """Remove temporary files of writers that no longer live; the count removed."""
     removed = 0
-    for directory in (place.run_dir, place.attachments_dir):
+    for directory in (place.run_dir, place.attachments_dir, place.vms_dir):
         try:
             names = os.listdir(directory)
         except OSError:

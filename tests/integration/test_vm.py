@@ -396,3 +396,35 @@ def _cpu(pid: int) -> float:
     """Seconds of CPU that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_unload_and_load(machine: Machine) -> None:
+    """Off with all that was changed, watcher included, and on again."""
+    virt_handler.bridge_binding(machine.netns)
+    before = machine.offloads("eth0-nic")
+    machine.record(checksum="software", insist=True)
+    environ = {
+        **os.environ,
+        "NEARPATH_RUN_DIR": machine.place.run_dir,
+        "NEARPATH_PIN_DIR": machine.place.pin_dir,
+    }
+
+    def cli(*words: str) -> None:
+        run([sys.executable, MAIN, *words], env=environ, timeout=60)
+
+    try:
+        cli("load")
+        wait_until(lambda: watch.running(machine.place) > 0, "a watcher", 20)
+        machine.await_wires(("mirror", ""))
+        first = watch.running(machine.place)
+        cli("load")  # as after an upgrade
+        wait_until(lambda: watch.running(machine.place) not in {0, -1, first}, "another one", 20)
+        cli("unload")
+        assert machine.wires() == [("off", "unloaded-by-operator")]
+        assert machine.filters("tap0") == ""
+        assert machine.offloads("eth0-nic") == before
+        assert not watch.running(machine.place)
+        cli("load")
+        machine.await_wires(("mirror", ""))
+    finally:
+        cli("unload")

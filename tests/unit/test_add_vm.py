@@ -250,7 +250,7 @@ def test_paused_and_unloaded(plugin: Plugin) -> None:
     Path(plugin.place.taps_paused_file).touch()
     assert wanted(plugin) == ("off", "paused", "skip")
     Path(plugin.place.unloaded_file).touch()
-    assert wanted(plugin) == ("off", "unloaded-by-operator", "skip")
+    assert wanted(plugin) == ("off", "unloaded-by-operator", "keep")
 
 
 def test_off_wins_among_attachments(plugin: Plugin) -> None:

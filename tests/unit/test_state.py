@@ -190,10 +190,14 @@ def test_temporary_files_are_no_records(place: Place) -> None:
     directory = Path(place.attachments_dir)
     mine = directory / f".tmp-{os.getpid()}-c2@eth0.json"
     dead = directory / ".tmp-999999999-c3@eth0.json"
-    for path in (mine, dead, Path(place.run_dir) / ".tmp-999999999-failures.json"):
+    elsewhere = [
+        Path(state.secure_dir(place.vms_dir), ".tmp-999999999-7.json"),
+        Path(place.run_dir, ".tmp-999999999-failures.json"),
+    ]
+    for path in (mine, dead, *elsewhere):
         path.write_text(json.dumps(record("c9")))
     assert [found["container_id"] for found in state.records(place)] == ["c1"]
-    assert state.sweep(place) == 2
+    assert state.sweep(place) == 3
     assert sorted(os.listdir(directory)) == [mine.name, "c1@eth0.json"]
 
 
@@ -204,6 +208,21 @@ def test_nothing_there(place: Place) -> None:
     assert state.sweep(place) == 0
     state.remove(place, "c1", "eth0")
     assert not Path(place.run_dir).exists()
+
+
+def test_lock_without_waiting(place: Place) -> None:
+    """Who does not want to wait is told, and may read what the holder has noted."""
+    path = f"{place.run_dir}/watcher"
+    with state.Lock(place, path, wait=False) as lock:
+        lock.note("a longer note\n")
+        lock.note("4711\n")
+        with pytest.raises(state.LockedError), state.Lock(place, path, wait=False):
+            pass
+        assert state.read_file(path) == b"4711\n"
+        with state.Lock(place):  # another lock
+            pass
+    with state.Lock(place, path, wait=False):
+        pass
 
 
 def _hold(place: Place, seconds: float) -> None:

@@ -16,13 +16,14 @@ def add(commands: output.Commands) -> None:
         "load",
         "load the datapath now, or upgrade it",
         "Load the programs, or replace those of another version, and register the pods that\n"
-        "are recorded. Usually not needed: the first pod's ADD loads. It is needed after\n"
-        "`nearpath unload`, and after an upgrade of nearpath.",
+        "are recorded; likewise the watcher of virtual machines. Usually not needed: the first\n"
+        "pod's ADD loads. It is needed after `nearpath unload`, and after an upgrade of nearpath.",
         "examples:\n"
         "  nearpath load\n"
         "  nearpath unload && nearpath load --max-connections 100000\n\n"
         "Established connections stay on the path they have; new ones take the lane.\n"
-        "A pause ends. Settings and room of a datapath that is loaded already stay as they are.",
+        "A pause stays until `nearpath resume`. So do settings that were changed, also over an\n"
+        "upgrade, and the room of a datapath that is loaded already.",
     )
     output.add_json(parser)
     parser.add_argument(
@@ -41,8 +42,9 @@ def add(commands: output.Commands) -> None:
         "switch it off; no connection loses a byte",
         "Pause: no socket joins any more and every message takes the kernel path. Then wait\n"
         "for the sockets in the maps to be closed by their owners. Maps and programs stay\n"
-        "until then, for removing a socket with unread data would lose it. Pods that start\n"
-        "before the next `nearpath load` are taken in by it.",
+        "until then, for removing a socket with unread data would lose it. Virtual machines go\n"
+        "back to their bridge, with the offloads that they had. Pods that start before the next\n"
+        "`nearpath load` are taken in by it.",
         "examples:\n"
         "  nearpath unload\n"
         "  nearpath unload --timeout 0    do not wait; what is left goes with a later unload\n\n"
@@ -78,22 +80,29 @@ def _room(text: str) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> int:
-    from nearpath.datapath import loader, sizes
+    from nearpath.datapath import changes, loader, sizes
     from nearpath.node import register, taps
 
     place = output.root_place()
     wanted = arguments.max_connections
     changed = loader.load(place, wanted)
     registered = register.recorded(place)
-    failed = taps.pause(place, paused=False)
-    renewed = taps.renew(place)
+    kept = changes.read(place)
+    failed = taps.pause(place, paused=bool(kept.get("paused")))
+    renewed = taps.renew_watcher(place)
     maps = sizes.of_pinned(place)
     shown = {**loader.describe(place), "changed": changed, "registered": registered, "maps": maps}
     shown["watcher"] = renewed
+    shown["settings"] = kept
     if arguments.json:
         output.print_json(shown)
         return output.EXIT_DONE
     print("loaded" if changed else "already loaded", f"at {shown['pins']}")
+    if kept:
+        values = ", ".join(f"{name}={value}" for name, value in kept.items())
+        print(f"settings that were changed before and stay so: {values}")
+    for name in changes.unusable(place):
+        print(f"a change of the setting {name} is lost: this version has no use for it")
     room = maps["connections"]
     if wanted and room != wanted:
         print(f"room for {room} connections, as when it was loaded: `nearpath unload` first")
@@ -117,6 +126,7 @@ def _unload(arguments: argparse.Namespace) -> int:
         print(step, file=target, flush=True)
 
     shown = unloader.unload(place, report, arguments.timeout)
+    taps.stop_watcher(place)
     failed = taps.attend_all(place)  # the tap lanes go by the mark that the unload left
     for text in failed.values():
         print(f"nearpath: virtual machine: {text}", file=sys.stderr)

@@ -161,7 +161,7 @@ def wanted(place: Place, cookie: int, records: list[dict[str, Any]]) -> Wanted:
     checksum = chosen.get("checksum", str(given.get("checksum", "keep")))
     insist = "checksum" in chosen or given.get("insist") is True
     if os.path.exists(place.unloaded_file):
-        mode, reason = "off", "unloaded-by-operator"
+        mode, reason, checksum = "off", "unloaded-by-operator", "keep"
     elif os.path.exists(place.taps_paused_file):
         mode, reason = "off", "paused"
     return Wanted(mode, reason, checksum, insist=insist)

@@ -151,16 +151,27 @@ def pause(place: Place, *, paused: bool) -> dict[int, str]:
     return attend_all(place)
 
 
-def renew(place: Place) -> bool:
+def stop_watcher(place: Place) -> None:
+    """End the watcher, if there is one; what it has done stays.
+
+    Raises:
+        NearpathError: it does not end.
+    """
+    running = watch.running(place)
+    if running > 0:
+        os.kill(running, signal.SIGTERM)  # it holds the lock, so the number is its own
+    end = time.monotonic() + _MOST_STOP
+    while watch.running(place):
+        if time.monotonic() > end:
+            raise NearpathError(f"the watcher (process {running}) does not end", "kill -9 it")
+        time.sleep(0.02)
+
+
+def renew_watcher(place: Place) -> bool:
     """Put a watcher of this version in the place of the one that runs, or of none.
 
     Returns:
         True if one was started; without virtual machines there is nothing to watch.
     """
-    running = watch.running(place)
-    if running > 0:
-        os.kill(running, signal.SIGTERM)  # it holds the lock, so the number is its own
-        end = time.monotonic() + _MOST_STOP
-        while watch.running(place) and time.monotonic() < end:
-            time.sleep(0.02)
+    stop_watcher(place)
     return bool(vm_state.by_cookie(place)) and watch.ensure(place)
