@@ -198,8 +198,8 @@ def plan(
         made: ifindexes of devices whose qdisc is ours.
         host: by ifindex of the pod's NIC; those that mode "peer" may lead to.
         withdraw: with mode "off": also delete our qdiscs on wires that carry frames. What a
-            device is about to send at that moment, for some 0.1 ms, is lost (qdisc_graft in
-            net/sched/sch_api.c deactivates it), as when they are made.
+            device is to send meanwhile, for some milliseconds, is lost, as when they are made
+            (qdisc_graft() in net/sched/sch_api.c deactivates it).
     """
     result, wanted = Plan(), dict[int, Mirror | Program]()
     for wire in seen.wires:
