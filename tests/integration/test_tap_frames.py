@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from helpers import tap_frames
-from helpers.commands import CommandError, run
+from helpers.commands import CommandError, run, wait_until
 from helpers.netns import inside
+from helpers.tap import Outside, Watcher
 from helpers.tap_lab import GUEST_MAC, HOST, MODES, TapLab, tap_lab
 from nearpath.kernel import netns
 from nearpath.kernel.rtnl import Rtnl
@@ -20,7 +21,7 @@ from nearpath.lanes import tap
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from helpers.tap import Frame, Outside, Tap, Watcher
+    from helpers.tap import Frame, Tap
     from helpers.tap_frames import Case
 
 
@@ -119,6 +120,27 @@ def test_peer_frames_reach_the_hosts_stack(lab: TapLab) -> None:
         with pytest.raises(BlockingIOError):
             listener.recv(2000)
     assert lab.counts()[0] == 2
+
+
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_only_peer_skips_the_nics_transmission(lab: TapLab, mode: str, switched: bool) -> None:
+    """And for frames to others than the host only if the host's end is a bridge's port."""
+    machine, name = lab.plug(), lab.host.rpartition("/")[2]
+    if switched:
+        run(["ip", "-n", name, "link", "add", "br0", "type", "bridge"])
+        run(["ip", "-n", name, "link", "set", "br0", "up"])
+        run(["ip", "-n", name, "link", "set", HOST, "master", "br0"])
+    lab.look(mode)
+    nic = Outside(lab.pod, lab.bound.names.nic)
+    with nic, Watcher(lab.host, "br0" if switched else HOST) as beyond:
+        for target in (lab.address(HOST), tap_frames.OTHER_MAC):
+            case = next(c for c in tap_frames.from_guest(GUEST_MAC, target) if c.name == "udp4")
+            machine.send(case.frame)
+            wait_until(lambda mark=case.token: beyond.saw(mark), "it arrives")  # type: ignore[misc]
+            sent = [frame for frame in nic.drain() if case.token in frame.data]
+            peer = mode == "peer" and (switched or target != tap_frames.OTHER_MAC)
+            assert len(sent) == (0 if peer else 1)
 
 
 @pytest.mark.parametrize("mode", MODES)
