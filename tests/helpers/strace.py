@@ -16,6 +16,8 @@ CALLS = (
     *("bpf", "openat", "write", "rename", "fsync", "fdatasync", "flock", "setns"),
     *("mkdir", "unlink", "rmdir", "mount"),
 )
+# How requests reach the kernel's network configuration.
+NETLINK = ("sendto", "sendmsg")
 _LINE = re.compile(r"^(?:\d+\s+)?(\w+)\((.*)$")
 
 
@@ -45,9 +47,9 @@ class Step:
         return ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={self.call}", "-e", inject)
 
 
-def traced(log: Path) -> tuple[str, ...]:
+def traced(log: Path, calls: tuple[str, ...] = CALLS) -> tuple[str, ...]:
     """Words to put before a program to write its calls to a file for `steps`."""
-    return ("strace", "-f", "-qq", "-s", "200", "-o", str(log), "-e", f"trace={','.join(CALLS)}")
+    return ("strace", "-f", "-qq", "-s", "200", "-o", str(log), "-e", f"trace={','.join(calls)}")
 
 
 def steps(log: Path, wanted: Callable[[Step], bool]) -> list[Step]:

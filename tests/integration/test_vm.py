@@ -241,7 +241,7 @@ def test_second_interface(machine: Machine) -> None:
         virt_handler.unplug(second)
         machine.await_wires(("mirror", ""))
         assert machine.filters(second.names.nic) == ""
-        assert f"clsact ffff: dev {second.names.nic}" not in machine.qdiscs()
+        assert f"ingress ffff: dev {second.names.nic}" not in machine.qdiscs()
 
 
 def test_mtu(machine: Machine) -> None:
@@ -261,7 +261,7 @@ def test_repairs_what_others_remove(machine: Machine) -> None:
     with watching(machine.place):
         virt_handler.bridge_binding(machine.netns)
         machine.await_wires(("mirror", ""))
-        run(["tc", "-n", machine.name, "qdisc", "del", "dev", "tap0", "clsact"])
+        run(["tc", "-n", machine.name, "qdisc", "del", "dev", "tap0", "ingress"])
         wait_until(lambda: "eth0-nic" in machine.filters("tap0"), "our rules again", 20)
 
 
