@@ -10,6 +10,7 @@ import socket
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from helpers.commands import CommandError
@@ -42,18 +43,23 @@ class Packet:
 
 
 def port_of(frame: bytes, port: int) -> bool:
-    """True if a frame is UDP or TCP from or to this port, with payload."""
-    from scapy.layers.inet import TCP, UDP
-    from scapy.layers.l2 import Ether
+    """True if a frame is UDP or TCP from or to this port, with payload.
 
-    packet = Ether(frame)
-    for kind in (TCP, UDP):
-        if kind in packet:
-            layer = packet[kind]
-            return port in {layer.sport, layer.dport} and bool(layer.payload)
-    return False
+    By hand, for scapy takes some hundred times as long to say no.
+    """
+    if frame[12:14] == b"\x08\x00" and len(frame) > 34:
+        protocol, start = frame[23], 14 + (frame[14] & 0x0F) * 4
+    elif frame[12:14] == b"\x86\xdd" and len(frame) > 54:
+        protocol, start = frame[20], 54
+    else:
+        return False
+    if protocol not in {socket.IPPROTO_TCP, socket.IPPROTO_UDP} or len(frame) < start + 8:
+        return False
+    header = (frame[start + 12] >> 4) * 4 if protocol == socket.IPPROTO_TCP else 8
+    return port in struct.unpack_from("!HH", frame, start) and len(frame) > start + header
 
 
+@lru_cache(maxsize=10_000)
 def is_right(frame: bytes) -> bool:
     """True if the TCP or UDP checksum in a frame is the one that scapy computes."""
     from scapy.layers.inet import TCP, UDP
