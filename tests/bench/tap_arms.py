@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from bench.tap_lab import Lab, Reading, Times
     from nearpath.node.interrupt import Interrupts
 
-# A round is calm if others had no more of the CPU; a few per cent are the start of a process.
-_CALM = 0.15
+# A round is calm if others had no more of the CPU; up to 15 % are the start of a process.
+_CALM = 0.25
 # A lane is taken if at least this part of a conversation's messages took it.
 _MOST = 0.9
 

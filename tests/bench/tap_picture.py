@@ -37,6 +37,7 @@ _INK, _GREY, _FAINT = "#1f2933", "#616e7c", "#d9dee4"
 # Told apart also without colours: by shape, and by their order from left to right.
 _COLORS = {MIRROR: "#0b6e4f", REDIRECT: "#2b6cb0", PEER: "#b7541a"}
 _STEP = 0.05
+_BEYOND = 0.08
 
 
 class _Panel:
@@ -72,7 +73,7 @@ class _Panel:
 
     def _y(self, ratio: float) -> float:
         share = (ratio - self._low) / (self._high - self._low)
-        return self._bottom - share * (self._bottom - self._top)
+        return self._bottom - min(max(share, 0), 1) * (self._bottom - self._top)
 
     def _scale(self, group: Sequence[TapSeries]) -> None:
         """Choose the axis, and draw it with the targets."""
@@ -82,8 +83,12 @@ class _Panel:
             for mode in _COLORS
             if (target := each.point.target(Arm(mode, SKIP))) is not None
         }
-        ends = [end for each in group for arm in _arms(each) for end in each.interval(arm.name)]
-        ends += [1.0, *targets.values()]
+        shown = [(each, arm.name) for each in group for arm in _arms(each)]
+        marks = [1.0, *targets.values(), *(each.ratio(name) for each, name in shown)]
+        ends = [end for each, name in shown for end in each.interval(name)]
+        # What is more uncertain than that leaves the plot, so that the marks remain apart.
+        ends = [min(max(end, min(marks) - _BEYOND), max(marks) + _BEYOND) for end in ends]
+        ends += marks
         self._low = math.floor(min(ends) / _STEP) * _STEP
         self._high = max(math.ceil(max(ends) / _STEP) * _STEP, self._low + _STEP)
         step = _STEP * math.ceil((self._high - self._low) / _STEP / 8)
@@ -129,6 +134,9 @@ class _Panel:
             color = _COLORS[arm.mode]
             canvas.line((x, self._y(worse)), (x, self._y(better)), color)
             mark(canvas, arm, x, self._y(each.ratio(arm.name)))
+        if _is_super(each) and (cut := f"{MIRROR}, {SOFTWARE}") in each.values:
+            text = f"by software {each.ratio(cut):.2f}"
+            canvas.text(middle, self._bottom - 8, text, font_size=11, fill=_COLORS[MIRROR])
 
 
 def mark(canvas: Canvas, arm: Arm, x: float, y: float) -> None:
@@ -145,14 +153,18 @@ def mark(canvas: Canvas, arm: Arm, x: float, y: float) -> None:
         canvas.add("polygon", points=points, **style)
 
 
+def _is_super(each: TapSeries) -> bool:
+    return each.point.test in {SUPER_TO_VM, SUPER_FROM_VM}
+
+
 def _label(each: TapSeries) -> str:
-    if each.point.test in {SUPER_TO_VM, SUPER_FROM_VM}:
-        return "57.5 KiB, GSO"
-    return size_text(each.point.size)
+    return "57.5 KiB, GSO" if _is_super(each) else size_text(each.point.size)
 
 
 def _arms(each: TapSeries) -> list[Arm]:
-    arms = [Arm(mode, checksum) for checksum in (SKIP, SOFTWARE) for mode in _COLORS]
+    """That get a mark; super packets that are cut by software are far off any scale."""
+    sums = (SKIP,) if _is_super(each) else (SKIP, SOFTWARE)
+    arms = [Arm(mode, checksum) for checksum in sums for mode in _COLORS]
     return [arm for arm in arms if arm.name in each.values]
 
 

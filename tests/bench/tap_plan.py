@@ -34,7 +34,7 @@ SUPER = _SEGMENTS * (_MTU - _HEADERS)
 _UNDER_WAY = 400
 _MOST_MESSAGES = 64
 # With switching and the start of a process.
-_RUN_SECONDS = 0.05
+_RUN_SECONDS = 0.06
 _SIZES = (1, 16, 64, 256, KiB, 4 * KiB, 16 * KiB)
 _STREAM_SIZES = (64, KiB, 4 * KiB, 16 * KiB)
 _QUICK_SIZES = (1, KiB, 16 * KiB)

@@ -227,11 +227,12 @@ def test_the_picture() -> None:
     space = "{http://www.w3.org/2000/svg}"
     assert root[0].get("fill") == "#ffffff"
     # In the legend mirror and redirect also hollow.
-    assert len(root.findall(f"{space}circle")) == 2 + 2 * 4
+    assert len(root.findall(f"{space}circle")) == 2 + 2 * 3 + 1
     assert len(root.findall(f"{space}polygon")) == 1 + 4
     texts = [element.text for element in root.iter(f"{space}text")]
     assert "Stream to the VM, UDP" in texts
     assert "mirror 0.92" in texts
+    assert "by software 1.00" in texts  # of super packets
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
     for element in root.iter(f"{space}text"):
         assert 0 <= float(element.get("x", -1)) <= width - 10
