@@ -108,6 +108,14 @@ struct tcp_request_sock {
 	__u32 snt_isn;
 };
 
+struct sk_msg_sg {
+	__u32 size; /* bytes that are still to be moved */
+};
+
+struct sk_msg {
+	struct sk_msg_sg sg;
+};
+
 struct sk_psock {
 	struct list_head ingress_msg; /* redirected data that nobody has read yet */
 	refcount_t refcnt;

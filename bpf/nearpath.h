@@ -77,6 +77,8 @@ struct connection {
 	__u32 drains;	    /* bit per side: its reader reads on until EAGAIN */
 	__u32 decided[2];   /* redirects of each side so far, also those still on their way */
 	struct endpoint endpoint[2];
+	__u64 decider[2]; /* kernel address of the task that decides each side's redirects */
+	__u64 message[2]; /* and of the message of its last one */
 };
 
 /*

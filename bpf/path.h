@@ -13,6 +13,8 @@
 #define TCP_NAGLE_OFF 1 /* include/net/tcp.h */
 /* What a redirected message takes beside its bytes: struct sk_msg, from kmalloc-1k. */
 #define MESSAGE_BYTES 1024
+/* Of struct connection.decider: more than one task has sent. */
+#define SEVERAL 1ull
 /* A patient reader is looked at anew when none of these bits is set in its message's number. */
 #define LOOK_AGAIN 63
 
@@ -149,7 +151,7 @@ static __always_inline enum counter reason_for_kernel(struct connection *connect
  * (but see seams); kernel → redirect only when nothing sent by TCP is unread.
  */
 static __always_inline enum counter choose_path(struct connection *connection, __u32 side,
-						struct tcp_sock *tp, __u32 size)
+						struct tcp_sock *tp, __u32 size, __u64 message)
 {
 	__u32 peer = !side;
 	struct tcp_sock *receiver = (struct tcp_sock *)connection->sk[peer];
@@ -157,7 +159,7 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	struct settings *s = settings_now();
 	__u64 now = bpf_ktime_get_ns();
 	enum counter reason;
-	__u64 unread;
+	__u64 unread, task;
 
 	if (!s)
 		return C_PAUSED;
@@ -199,6 +201,10 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	 */
 	connection->redirected_at[side] = now;
 	connection->decided[side]++;
+	task = bpf_get_current_task();
+	if (connection->decider[side] != task)
+		connection->decider[side] = connection->decider[side] ? SEVERAL : task;
+	connection->message[side] = message;
 	if (__sync_fetch_and_add(&connection->leaving, 0) & 1 << peer) {
 		connection->decided[side]--;
 		return C_PEER_LEFT;

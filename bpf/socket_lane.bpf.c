@@ -291,10 +291,16 @@ static __always_inline void server_established(struct bpf_sock_ops *ctx)
 /* ---- leaving --------------------------------------------------------------------- */
 
 /*
- * May a redirect that the peer has decided still be on its way? Each sendmsg and recvmsg
+ * May a redirect that the peer has decided still be on its way to us? Each sendmsg and recvmsg
  * of a socket in a sockmap holds a reference on its psock from start to end
  * (tcp_bpf_sendmsg, tcp_bpf_recvmsg), so a peer with no reference beyond the map's, or
- * with one for each task that sleeps, has nothing under way. Else only time can tell.
+ * with one for each task that sleeps, has nothing under way.
+ *
+ * Often the peer's task has woken us and could not go on since. If it is the only one that ever
+ * sent, its last message tells: the kernel moves its bytes into our queue under our lock, which
+ * we hold, and what is left of it is 0 then (bpf_tcp_ingress, sk_msg_xfer). The message lies on
+ * the task's stack; what is there later says nothing, but then nothing is under way either.
+ * Else only time can tell.
  *
  * The caller has set our leaving bit with a full barrier before. The peer's sendmsg takes
  * its reference and sets redirected_at, a full barrier follows in choose_path(), and then
@@ -304,6 +310,7 @@ static __always_inline bool redirect_in_flight(const struct connection *connecti
 					       __u32 delivered)
 {
 	struct sk_psock *psock;
+	struct sk_msg *message;
 	struct sock *sk;
 
 	/* Never, or closed: no sendmsg of it can be running any more. */
@@ -316,15 +323,19 @@ static __always_inline bool redirect_in_flight(const struct connection *connecti
 		return false;
 	sk = (struct sock *)connection->sk[peer];
 	psock = psock_of(sk);
+	message = (struct sk_msg *)connection->message[peer];
 	if (!psock)
 		return true;
 	/*
 	 * A task of the peer that is just leaving recvmsg or sendmsg on another CPU is the
 	 * usual reason for a reference too many; it takes less than this loop (about 20 us).
 	 */
-	for (int i = 0; i < PATIENCE; i++)
+	for (int i = 0; i < PATIENCE; i++) {
 		if (BPF_CORE_READ(psock, refcnt.refs.counter) == 1 + waiting_tasks((__u64)sk))
 			return false;
+		if (connection->decider[peer] != SEVERAL && !BPF_CORE_READ(message, sg.size))
+			return false;
+	}
 	return true;
 }
 
@@ -518,7 +529,7 @@ int nearpath_message(struct sk_msg_md *msg)
 	if (!connection || !tp)
 		return SK_PASS;
 	side = own->side & 1;
-	path = choose_path(connection, side, tp, msg->size);
+	path = choose_path(connection, side, tp, msg->size, (__u64)msg);
 	if (path != C_REDIRECTED_MESSAGES)
 		notice_duplex(connection, side);
 	if (path == C_REDIRECTED_MESSAGES) {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Version of the layout of maps and pins: bumped when a map's key or value changes.
-LAYOUT = 2
+LAYOUT = 3
 _RUN_DIR = "/run/nearpath"
 
 
@@ -115,6 +115,11 @@ class Place:
     def unloaded_file(self) -> str:
         """Marker: an operator unloaded the datapath, so ADD must not load it again."""
         return f"{self.run_dir}/unloaded"
+
+    @property
+    def changes_file(self) -> str:
+        """Settings that an operator has changed; see datapath/changes.py."""
+        return f"{self.run_dir}/settings.json"
 
     @property
     def guards_file(self) -> str:

@@ -97,6 +97,9 @@ class FakeDoors(Doors):
         before, self.loaded = self.loaded, True
         return not before
 
+    def sweep(self, place: Place) -> None:
+        self._enter("sweep", place)
+
     def register(self, place: Place, cookie: int) -> None:
         self._enter("register", place)
         self.pods.add(cookie)

@@ -187,7 +187,7 @@ def test_pause_resume_and_settings_commands(
         redirected = lab.redirected
         assert redirected > 0
         client.sendall(b"unread")
-        assert says("pause") == {"paused": True, "changed": True}
+        assert says("pause") == {"paused": True, "changed": True, "failed": 0}
         client.sendall(b" twice")
         received = b""
         while len(received) < 12:
@@ -199,7 +199,7 @@ def test_pause_resume_and_settings_commands(
         assert says("status")["paused"] is True
         lane = says("pods")[0]["lanes"]["socket"]
         assert (lane["state"], lane["reason"]) == ("off", "paused")
-        assert says("resume") == {"paused": False, "changed": True}
+        assert says("resume") == {"paused": False, "changed": True, "failed": 0}
         exchange(client, server, 3)
         assert lab.redirected == redirected + 1 + 2 * 3
         assert says("pods")[0]["lanes"]["socket"]["state"] == "on"

@@ -15,8 +15,10 @@ import pytest
 
 from helpers.commands import wait_until
 from helpers.leaks import snapshot
+from nearpath import place as place_module
 from nearpath import state
-from nearpath.datapath import libbpf, loader, maps, tables, unloader
+from nearpath.cni.doors import Doors
+from nearpath.datapath import changes, libbpf, loader, maps, settings, tables, unloader
 from nearpath.datapath.maps import Descriptor
 from nearpath.errors import BpfError, Unavailable
 from nearpath.kernel import cgroup, features, mounts
@@ -253,3 +255,59 @@ def test_lookup_of_a_missing_pin_is_enoent(place: Place) -> None:
         tables.set_pod(place, 1, 1)
     assert missing.value.errno == 2
     lane.unregister(place, 1)
+
+
+# -- what an operator wants outlasts an upgrade -------------------------------------------------
+
+
+def _change(place: Place, **values: int) -> None:
+    """As `nearpath settings` and `pause` do."""
+    with state.Lock(place):
+        settings.write(place, **values)
+        changes.note(place, values)
+
+
+def test_a_new_layout_keeps_what_was_changed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next ADD loads it, with the pause and the rules that the operator has set."""
+    loader.ensure(place)
+    usual = settings.read(place)
+    _change(place, paused=1, revalidate_ms=250)
+    _change(place, proven=3)
+    monkeypatch.setattr(place_module, "LAYOUT", LAYOUT + 1)
+    assert loader.ensure(place), "a layout that was not there"
+    assert settings.read(place) == {**usual, "paused": 1, "revalidate_ms": 250, "proven": 3}
+    _change(place, paused=0)
+    monkeypatch.setattr(place_module, "LAYOUT", LAYOUT + 2)
+    assert loader.load(place)
+    assert settings.read(place) == {**usual, "revalidate_ms": 250, "proven": 3}
+
+
+def test_a_pause_outlasts_a_load_but_not_an_unload(place: Place) -> None:
+    """Nor is a killed unload's own pause taken for an operator's."""
+    loader.ensure(place)
+    _change(place, paused=1, revalidate_ms=250)
+    assert not loader.load(place)
+    assert settings.read(place)["paused"] == 1
+    unloader.unload(place, lambda _: None, 5)
+    assert loader.load(place)
+    assert settings.read(place)["paused"] == 0
+    assert settings.read(place)["revalidate_ms"] == 250
+    settings.write(place, paused=1)
+    loader.load(place)
+    assert settings.read(place)["paused"] == 0
+
+
+def test_del_and_gc_sweep_what_is_drained(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retired maps go once their last socket is closed, and not before."""
+    doors = Doors()
+    client, server = lab.pair()
+    with client, server:
+        monkeypatch.setattr(place_module, "LAYOUT", LAYOUT + 1)
+        loader.ensure(lab.place)
+        assert loader.has_retired(lab.place)
+        doors.sweep(lab.place)
+        assert loader.has_retired(lab.place), "two sockets are in it"
+    wait_until(lambda: unloader.sockets_draining(lab.place) == 0, "the sockets to close")
+    doors.sweep(lab.place)
+    assert not loader.has_retired(lab.place)
+    assert os.listdir(lab.place.pin_dir) == [f"v{LAYOUT + 1}"]

@@ -41,7 +41,7 @@ def entry(
     **changes: Any,
 ) -> Connection:
     """An entry as the programs write it: packed and unpacked by the real format."""
-    fields: list[Any] = [0] * 47
+    fields: list[Any] = [0] * 51
     now = time.monotonic_ns()
     fields[2:4] = cookies
     fields[4:6] = (now - 2_000_000_000, now - 3_000_000_000)

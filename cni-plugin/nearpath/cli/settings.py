@@ -26,8 +26,8 @@ def add(commands: output.Commands) -> None:
         "settings",
         "show or change the rules by which each message chooses its path",
         "Show the settings of the loaded datapath, or change some. They hold from the next\n"
-        "message on, also for established connections, and until the datapath is unloaded or\n"
-        "the node restarts. Of a rule, 0 is off.",
+        "message on, also for established connections, and until they are changed back or the\n"
+        "node restarts, over upgrades too. Of a rule, 0 is off.",
         "examples:\n"
         "  nearpath settings\n"
         "  nearpath settings revalidate_ms=250        policy binds four times as fast\n"
@@ -55,8 +55,8 @@ def add(commands: output.Commands) -> None:
         "and maps stay, so `nearpath resume` takes effect at once, also for the connections\n"
         "that are in the lane; those made meanwhile stay on the kernel path.",
         "example:\n  nearpath pause && nearpath status\n\n"
-        "To take nearpath out for good, use `nearpath unload`. A pause ends with `resume`, with\n"
-        "`load`, and with the node.\n\n"
+        "To take nearpath out for good, use `nearpath unload`. A pause ends with `resume`,\n"
+        "with `unload`, and with the node; not with an upgrade.\n\n"
         "exit status: 0 also if it was paused already; 1 nothing is loaded.",
     )
     output.add_json(parser)
@@ -108,6 +108,7 @@ def _write(place: Place, changes: dict[str, int]) -> dict[str, int]:
         NearpathError: nothing is loaded.
     """
     from nearpath import state
+    from nearpath.datapath import changes as changed
     from nearpath.datapath import loader, settings
 
     if not loader.is_loaded(place):  # before the lock: it makes the run directory
@@ -117,6 +118,7 @@ def _write(place: Place, changes: dict[str, int]) -> dict[str, int]:
             raise _not_loaded()
         before = settings.read(place)
         settings.write(place, **changes)
+        changed.note(place, changes)
     return before
 
 

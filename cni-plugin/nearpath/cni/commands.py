@@ -186,6 +186,7 @@ def delete(context: Context) -> bytes:
                 ),
             )
             context.log.info("removed" if cookie else "nothing to remove")
+        context.attempt("retired maps", lambda: context.doors.sweep(place))
     except Exception as error:
         context.deadline.restart(GRACE)
         context.failed(Failure(error), "DEL is incomplete")

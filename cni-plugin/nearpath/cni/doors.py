@@ -90,6 +90,15 @@ class Doors:
 
         return list(tables.all_pods(place))
 
+    def sweep(self, place: Place) -> None:
+        """Remove the maps of earlier versions that no socket is in any more."""
+        from nearpath.datapath import loader
+
+        if loader.has_retired(place):
+            from nearpath.datapath import unloader
+
+            unloader.sweep_empty(place)
+
     def watch(self, place: Place) -> bool:
         """Make sure that a watcher of virtual machines runs; True if one was started.
 

@@ -53,9 +53,12 @@ def apply(place: Place, found: dict[str, int]) -> bool:
     Returns:
         False if nothing is loaded.
     """
+    from nearpath.datapath import changes
+
     with state.Lock(place):
         if not loader.is_loaded(place):
             return False
+        changes.forget(place, THRESHOLDS)
         settings.write(place, **{name: found[name] for name in THRESHOLDS})
         return True
 

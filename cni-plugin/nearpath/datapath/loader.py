@@ -34,6 +34,15 @@ def is_loaded(place: Place) -> bool:
     return os.path.exists(f"{place.layout_dir}/{LINK}")
 
 
+def has_retired(place: Place) -> bool:
+    """True if maps are pinned that are in use no more, or half made; one directory is listed."""
+    try:
+        names = os.listdir(place.pin_dir)
+    except OSError:
+        return False
+    return any(not name.startswith("v") for name in names)
+
+
 def is_guarded(place: Place) -> bool:
     """True if the guards are attached (bpf/guards.bpf.c); one stat(2)."""
     return os.path.exists(f"{place.layout_dir}/{GUARD_LINK}")
@@ -78,7 +87,7 @@ def load(place: Place, most_connections: int = 0) -> bool:
     Returns:
         True if this call loaded or replaced anything.
     """
-    from nearpath.datapath import programs, settings, unloader
+    from nearpath.datapath import changes, programs, settings, unloader
 
     with state.Lock(place):
         try:
@@ -86,7 +95,8 @@ def load(place: Place, most_connections: int = 0) -> bool:
         except FileNotFoundError:
             pass
         if is_loaded(place):
-            settings.write(place, paused=0)  # a killed unload may have left it so
+            # A killed unload may have left it paused, and an operator.
+            settings.write(place, paused=changes.read(place).get("paused", 0))
             unloader.retire_other_layouts(place)  # a killed load may have left them
             unloader.sweep(place)
             return programs.replace(place)

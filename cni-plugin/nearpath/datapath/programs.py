@@ -7,7 +7,7 @@ from errno import EPERM
 from typing import TYPE_CHECKING
 
 from nearpath import state
-from nearpath.datapath import bundle, calibration, libbpf, settings, sizes
+from nearpath.datapath import bundle, calibration, changes, libbpf, settings, sizes
 from nearpath.datapath.loader import GUARD_LINK, LINK
 from nearpath.datapath.maps import Descriptor
 from nearpath.datapath.unloader import remove_pins
@@ -141,6 +141,7 @@ def set_defaults(place: Place, guarded: bool) -> None:
     if not guarded:
         chosen.update(guards=0, probation=0)
     chosen["mptcp_fallback"] = int(features.mptcp_children_are_safe(features.version()))
+    chosen.update(changes.read(place))
     settings.write(place, **chosen)
 
 

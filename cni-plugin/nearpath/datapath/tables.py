@@ -65,8 +65,8 @@ COUNTERS = (*MESSAGES, *REASONS)
 _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
 _SEQUENCES = struct.Struct("=II")
-# struct connection: eight pairs of u64, then as named; two struct endpoint at the end.
-_CONNECTION = struct.Struct("=16Q3Q5I2I2I2I2II2I" + 2 * "16s16s4H")
+# struct connection: eight pairs of u64, then as named; two struct endpoint, four u64.
+_CONNECTION = struct.Struct("=16Q3Q5I2I2I2I2II2I" + 2 * "16s16s4H" + "4Q")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 _NETNS, _NETNS_AT = struct.Struct("=2Q"), 2 * 8
 _JOINED, _JOINED_AT = struct.Struct("=I"), 19 * 8

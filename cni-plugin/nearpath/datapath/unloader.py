@@ -15,6 +15,7 @@ from errno import ENOENT
 from typing import TYPE_CHECKING, Any
 
 from nearpath import state
+from nearpath.datapath import changes
 from nearpath.datapath.maps import Map
 from nearpath.errors import BpfError, StateError
 
@@ -43,6 +44,7 @@ def unload(place: Place, report: Callable[[str], None], timeout: float = 30.0) -
     state.secure_dir(place.run_dir)
     with state.Lock(place):
         state.write_file(place.unloaded_file, b"")
+        changes.forget(place, ["paused"])  # to load is to switch it on
         _retire(place, _layouts(place), report)
     return _drain(place, report, timeout)
 
@@ -148,6 +150,15 @@ def sweep(place: Place) -> int:
     return remaining
 
 
+def sweep_empty(place: Place) -> None:
+    """Like sweep(), without counting what is left; takes the lock."""
+    with state.Lock(place):
+        for directory in _draining(place):
+            if not _has_sockets(directory):
+                remove_pins(directory)
+        remove_pins(f"{place.pin_dir}/loading")
+
+
 def sockets_draining(place: Place) -> int:
     """Number of sockets in retired maps."""
     return sum(sockets_left(directory) for directory in _draining(place))
@@ -161,6 +172,16 @@ def sockets_left(directory: str) -> int:
     except BpfError as error:
         if error.errno == ENOENT:
             return 0
+        raise
+
+
+def _has_sockets(directory: str) -> bool:
+    try:
+        with Map.pinned_unknown(f"{directory}/sockets") as sockets:
+            return any(True for _ in sockets.keys())  # noqa: SIM118 - no dictionary
+    except BpfError as error:
+        if error.errno == ENOENT:
+            return False
         raise
 
 
