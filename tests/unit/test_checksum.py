@@ -283,8 +283,8 @@ def test_whatever_happens_is_undone(
 ) -> None:
     """DEL leaves each offload as the last who was not us has left it.
 
-    But for what somebody switches between a kill and the next look, to what we had intended:
-    that cannot be told from our own doing.
+    But for what somebody switches to what we intended before we have looked again (after a kill,
+    or to and fro): that cannot be told from our own doing. A switch is an event to look at.
     """
     kernel, ours = Kernel(), list[Change]()
     theirs = {key: set(wanted) for key, wanted in kernel.wanted.items()}
@@ -295,23 +295,24 @@ def test_whatever_happens_is_undone(
         checksum.execute(kernel.doors(), work.plan.steps[:lived])
         return bool(work.plan.steps)
 
+    mode, insist = "keep", False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checksum, "_readers", set[int])
         for event in events:
-            if not isinstance(event[0], Device):
-                look(*event)
-                mode, insist, _ = event
-                for _ in range(4):  # what we switch makes an event of the kernel, so we look again
-                    if not look(mode, insist, 99):
-                        break
-                else:
-                    pytest.fail("there is always something to do")
-                continue
-            device, feature, on = event
-            key = (device.where, device.ifindex)
-            if feature in OFFERED[device.role] and (feature in kernel.wanted[key]) != on:
-                kernel.switch(device, feature, on=on)
-                (theirs[key].add if on else theirs[key].discard)(feature)
+            if isinstance(event[0], Device):
+                device, feature, on = event
+                key = (device.where, device.ifindex)
+                if feature in OFFERED[device.role] and (feature in kernel.wanted[key]) != on:
+                    kernel.switch(device, feature, on=on)
+                    (theirs[key].add if on else theirs[key].discard)(feature)
+            else:
+                mode, insist, lived = event
+                look(mode, insist, lived)
+            for _ in range(4):  # what we switch is an event too
+                if not look(mode, insist, 99):
+                    break
+            else:
+                pytest.fail("there is always something to do")
         look(*last)
         checksum.restore(kernel.doors(), ours)
     assert kernel.wanted == theirs

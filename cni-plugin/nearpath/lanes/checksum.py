@@ -302,7 +302,7 @@ def restore(doors: Mapping[str, Door], ours: Iterable[Change]) -> None:
     """Put back what we changed, from the record alone.
 
     Doing it twice is harmless. A device that is gone, and an offload that somebody else has
-    switched since, are left alone.
+    switched since, are left alone; but one that was switched to and fro looks like our own.
 
     Args:
         doors: POD and HOST, or only one; what was changed elsewhere is passed over.
