@@ -149,18 +149,14 @@ class Cluster:
 
 
 @contextmanager
-def cluster(node: Node) -> Iterator[Cluster]:
-    """The machines and the pod; DEL of those that are left at the end."""
+def ended(node: Node) -> Iterator[ExitStack]:
+    """What is put on the stack ends, and then neither emulator nor server nor watcher is left."""
     if platform.freedesktop_os_release()["ID"] != "debian":
         pytest.skip("only Debian's package sources have the guests' kernel")
-
-    def ended() -> bool:
-        """Neither emulator nor server nor watcher is left."""
-        return not holding(str(node.directory))
-
     with ExitStack() as stack:
-        stack.callback(wait_until, ended, "the end of all processes")
-        yield Cluster(node, stack)
+        directory = str(node.directory)
+        stack.callback(wait_until, lambda: not holding(directory), "the end of all processes")
+        yield stack
 
 
 # --- the life of the machines, in this order ---------------------------------------------------
@@ -338,13 +334,40 @@ MIDDLE: tuple[Callable[[Cluster], None], ...] = (
 def test_two_machines_and_a_pod(node: Node) -> None:
     """From ADD to DEL: the lane comes with the tap, changes, is lost, comes again, and goes."""
     rounds = MIDDLE + (as_at_first, *MIDDLE) * (_ROUNDS - 1)
-    with cluster(node) as made:
+    with ended(node) as stack:
+        made = Cluster(node, stack)
         made.start()
         for stage in (*BEGIN, *rounds, deleted):
             start = time.monotonic()
             stage(made)
             name = getattr(stage, "__name__", f"switch {getattr(stage, 'keywords', '')}")
             print(f"{time.monotonic() - start:6.2f} s {name}")
+
+
+@pytest.mark.timeout(180)
+def test_masquerade_works_as_before(node: Node) -> None:
+    """Behind NAT the bridge is a router: a machine there is left alone, and told so."""
+    with ended(node) as stack:
+        net = stack.enter_context(network("1.0.0", "bridge", node.directory))
+        machine = stack.enter_context(Machine(node, net, "nat"))
+        pod = stack.enter_context(Pod(node, net, "plain", {}))
+        for added in (machine, pod):
+            added.add()
+        machine.bind_by_nat()
+        machine.boot()
+        stack.enter_context(talk.serving(pod.inside))
+        machine.guest.wait()
+        lease = machine.guest.dhcp()
+        assert (lease.address, lease.router) == ("10.0.2.2/24", "10.0.2.1")
+        with bridge(machine.bound) as view:
+            for kind in ("tcp", "udp"):
+                machine.guest.talk(kind, pod.ips[0], count=_TALKS).check()
+                talk.ask(pod.inside, kind, machine.ips[0], count=_TALKS).check()
+        assert crossed(view, talk.PORT) >= 8 * _TALKS
+        shown = machine.shown()
+        assert (shown["state"], shown["reason"]) == ("off", "no-nic")
+        assert (machine.wire()["tap"], machine.wire()["nic"]) == ("tap0", "")
+        assert machine.qdiscs() == {}
 
 
 def test_a_sandbox_of_containerd(node: Node) -> None:

@@ -134,6 +134,12 @@ class Machine(Pod):
         self.bound = virt_handler.bridge_binding(self.netns, gateway=self._net.gateway, **options)
         self.dhcp = self._stack.enter_context(dhcp(self.bound, self.node.directory))
 
+    def bind_by_nat(self) -> None:
+        """Lay out its network with masquerade binding in place of bridge binding."""
+        self.host_veth = host_veth(self.netns)
+        self.bound = virt_handler.masquerade_binding(self.netns)
+        self.dhcp = self._stack.enter_context(dhcp(self.bound, self.node.directory))
+
     def boot(self) -> None:
         """Start its guest; `guest.wait()` waits until it has booted."""
         self.guest = self._stack.enter_context(started(self.bound, self.node.directory))
