@@ -75,6 +75,15 @@ _LIMITS = """\
   conntrack, a thousand services) has a smaller share to save here.
 """
 
+_WHY = """\
+Why not more: the lane takes the bridge inside the launcher out of the way, most of whose cost is
+netfilter's hooks; two rules and a redirect remain. peer also spares one of the four ways through a
+veth of a round trip, from the VM only. To the VM there is no such shortcut inside the pod:
+bpf_redirect_peer works at ingress alone, and frames come to the pod's NIC from the node's egress.
+It would take a program on the *other* pod's veth that sends them straight to this pod's NIC, past
+the node's bridge.
+"""
+
 
 def markdown(series: Sequence[TapSeries], conditions: Mapping[str, str], picture: str) -> str:
     """The page.
@@ -98,6 +107,7 @@ def markdown(series: Sequence[TapSeries], conditions: Mapping[str, str], picture
         summary(series).markdown(),
         "## Where it loses, or gains nothing\n",
         _list(loses),
+        _WHY,
         "## What it does not show\n",
         _LIMITS,
         "## All figures\n",
