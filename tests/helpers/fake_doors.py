@@ -124,3 +124,6 @@ class FakeDoors(Doors):
     def withdraw(self, place: Place, cookie: int, path: str) -> None:
         self._enter("withdraw", place)
         self.withdrawn.append(cookie)
+
+    def sweep_taps(self, place: Place) -> None:
+        self._enter("sweep_taps", place)

@@ -216,6 +216,20 @@ def test_gc_withdraws(plugin: Plugin) -> None:
     assert plugin.record() is None
 
 
+def test_gc_sweeps_what_a_del_could_not_undo(plugin: Plugin) -> None:
+    """What is known of a pod outlives its record until it is undone."""
+    add(plugin)
+    vm_state.write(plugin.place, {"cookie": 1001, "netns": "/run/netns/a"})
+    plugin.ok("GC", **{"cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]})
+    assert "sweep_taps" not in plugin.doors.calls
+    plugin.doors.break_with("withdraw", NearpathError("cannot list links"))
+    plugin.ok("DEL")
+    plugin.ok("GC", **{"cni.dev/valid-attachments": []})
+    assert "sweep_taps" in plugin.doors.calls
+    plugin.doors.break_with("sweep_taps", NearpathError("still not"))
+    assert plugin.error("GC", **{"cni.dev/valid-attachments": []})["code"] == 102
+
+
 # -- what is wanted --------------------------------------------------------------------------
 
 

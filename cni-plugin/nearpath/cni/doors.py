@@ -118,3 +118,14 @@ class Doors:
         from nearpath.lanes import vm
 
         vm.withdraw(place, cookie, path)
+
+    def sweep_taps(self, place: Place) -> None:
+        """Undo what is left in namespaces of virtual machines' pods that have no record.
+
+        Raises:
+            NearpathError: not everywhere.
+        """
+        from nearpath.lanes import vm
+
+        for error in vm.sweep(place):
+            raise error

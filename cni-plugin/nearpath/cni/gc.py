@@ -85,6 +85,7 @@ def collect(context: Context) -> bytes:
     explained = in_use | {state.cookie_of(record) for record in stale}
     for cookie in registered:
         complete &= cookie in explained or forget(cookie)
+    complete &= vm.sweep(context)
     complete &= context.attempt("retired maps", lambda: doors.sweep(place))
     context.log.info(f"{len(stale)} stale attachment(s), {len(kept)} kept")
     if not complete:

@@ -76,3 +76,10 @@ def retire(context: Context, record: dict[str, Any] | None, forget: Callable[[],
             path = request.netns or str(record.get("netns", ""))
             context.attempt("tap lane", lambda: context.doors.withdraw(place, cookie, path))
         return forget()
+
+
+def sweep(context: Context) -> bool:
+    """Undo what is left of virtual machines' pods without a record; False if that failed."""
+    if vm_state.known(context.place) <= set(vm_state.by_cookie(context.place)):
+        return True
+    return context.attempt("tap lane", lambda: context.doors.sweep_taps(context.place))

@@ -185,6 +185,9 @@ def withdraw(place: Place, cookie: int, path: str) -> None:
 
     A namespace that is gone has taken all with it but the host's end of a veth that somebody
     moved, which no DEL leaves behind.
+
+    Raises:
+        NearpathError: something failed. What is known is kept, for another try.
     """
     known = vm_state.read(place, cookie)
     try:
@@ -196,5 +199,21 @@ def withdraw(place: Place, cookie: int, path: str) -> None:
                 checksum.restore(view.offloads, _changes(known["changes"]))
     except Gone:
         pass
-    finally:
-        vm_state.forget(place, cookie)
+    vm_state.forget(place, cookie)
+
+
+def sweep(place: Place) -> list[NearpathError]:
+    """Undo what is left of pods that have no record: a DEL was killed, or could not finish.
+
+    Returns:
+        What went wrong; it is left to the next one.
+    """
+    failed = []
+    for cookie in vm_state.known(place) - set(vm_state.by_cookie(place)):
+        try:
+            with vm_state.lock(place):
+                if cookie not in vm_state.by_cookie(place):  # an ADD may have come
+                    withdraw(place, cookie, vm_state.read(place, cookie)["netns"])
+        except NearpathError as error:
+            failed.append(error)
+    return failed

@@ -204,14 +204,8 @@ def _match(place: Place, log: Log, pods: dict[int, _Pod], now: float) -> None:
         if pod.wish != wish:
             pod.wish = wish
             pod.notice(now)
-    # Left by a DEL that was killed, or by hand.
-    for cookie in vm_state.known(place) - set(recorded):
-        try:
-            with vm_state.lock(place):
-                if cookie not in vm_state.by_cookie(place):
-                    vm.withdraw(place, cookie, vm_state.read(place, cookie)["netns"])
-        except NearpathError as error:
-            log.warning(f"namespace {cookie}: {error}")
+    for error in vm.sweep(place):
+        log.warning(str(error))
 
 
 def _wait(files: Directories, pods: dict[int, _Pod]) -> bool:
