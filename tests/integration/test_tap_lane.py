@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import ctypes
+import os
+import struct
 import time
 from collections import Counter
 from contextlib import closing
@@ -81,7 +83,9 @@ _FOREIGN = {
     ("foreign", "mode"),
     [
         pytest.param("ingress", "mirror", marks=pytest.mark.smoke),
-        *(pair for pair in itertools.product(_FOREIGN, MODES) if pair != ("ingress", "mirror")),
+        *(("nothing", mode) for mode in MODES),
+        ("clsact", "peer"),
+        ("empty clsact", "redirect"),
     ],
 )
 def test_what_was_there_works_and_is_there_afterwards(lab: TapLab, mode: str, foreign: str) -> None:
@@ -232,6 +236,21 @@ def test_peer_steps_back_from_tcx(lab: TapLab) -> None:
     with tap_programs.Loaded(tap_programs.Program(1, ())) as program, netns.entered(lab.host):
         attach = libbpf._lib.bpf_prog_attach
         assert attach(program.number, index, libbpf._ATTACH_TCX_INGRESS, 0) == 0
+    assert _outcome(lab) == ("redirect", "peer-unavailable")
+
+
+def test_peer_steps_back_from_xdp(lab: TapLab) -> None:
+    """Which runs where the veth receives, and redirect_peer goes around that."""
+    library = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    # r0 = XDP_PASS; exit
+    code = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
+    kind = 6  # BPF_PROG_TYPE_XDP
+    program = library.bpf_prog_load(kind, b"np_pass", b"GPL", code, ctypes.c_size_t(2), None)
+    assert program >= 0
+    index = virt_handler.links(lab.host)[HOST]["ifindex"]
+    with netns.entered(lab.host):
+        assert library.bpf_xdp_attach(index, program, 0, None) == 0
+        os.close(program)
     assert _outcome(lab) == ("redirect", "peer-unavailable")
 
 
