@@ -76,7 +76,6 @@ PACKAGES = (
     *("pytest", "pluggy", "iniconfig", "packaging", "pygments", "pytest_timeout"),
     *("hypothesis", "sortedcontainers", "rich", "markdown_it_py", "mdurl"),
     *("pyroute2", "scapy"),
-    *("pyroute2", "scapy"),
 )
 # Of the project, with what the tests read besides. Compiled modules save seconds.
 PROJECT = (

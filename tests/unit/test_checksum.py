@@ -100,6 +100,15 @@ def attend(
 # -- judge ------------------------------------------------------------------------------------
 
 
+def test_what_we_switched_off_is_no_reason(kernel: Kernel) -> None:
+    """From software back to skip at the first look, also where skip is only the default."""
+    ours = attend(kernel, "software").plan.record
+    assert ours
+    work = attend(kernel, "skip", ours, insist=False)
+    assert work.verdicts == [Verdict("skip", "")]
+    assert kernel.wanted == Kernel().wanted
+
+
 def judged(
     kernel: Kernel, *, insist: bool, readers: set[int] | None = None, **more: Any
 ) -> Verdict:
@@ -355,9 +364,9 @@ def test_damaged_json(bad: Any) -> None:
 
 
 def test_words_cost_nothing() -> None:
-    """The words for modes are there without pyroute2, which an ADD cannot afford."""
+    """The words for modes are there without the door, for who only wants the words."""
     sources = Path(__file__).parents[2] / "cni-plugin"
-    code = "import sys; from nearpath.lanes import checksum; print('pyroute2' in sys.modules)"
+    code = "import sys; from nearpath.lanes import checksum; print('nearpath.kernel.offload' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-B", "-c", code],
         env={"PYTHONPATH": str(sources)},

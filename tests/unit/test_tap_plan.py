@@ -9,7 +9,8 @@ import pytest
 
 from nearpath.datapath.tap_programs import Program
 from nearpath.kernel import u32
-from nearpath.kernel.rtnl import Filter, Link, Qdisc, attribute, attributes, text
+from nearpath.kernel.netlink import attribute, attributes, text
+from nearpath.kernel.rtnl import Filter, Link, Qdisc
 from nearpath.lanes import tap, tap_rules
 from nearpath.lanes.tap import (
     Add,

@@ -2,8 +2,7 @@
 
 By generic netlink (family ethtool, since Linux 5.6), not by the ioctl of the same purpose:
 that one takes a name, and names in a pod's namespace are the pod's to change between our
-look-up and the call. pyroute2 brings the socket and the shape of a bitset; it has no message
-for features, so that is here.
+look-up and the call.
 
 The kernel keeps three sets per device. ``changeable`` (hw_features) are those that somebody
 may switch, ``wanted`` those that somebody has switched on, ``active`` those that are on:
@@ -14,32 +13,40 @@ So whoever puts ``wanted`` back gets every consequence back.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from errno import ENODEV, ENOENT
-from typing import TYPE_CHECKING, Any
-
-from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST, genlmsg  # type: ignore[import-untyped]
-from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
-from pyroute2.netlink.generic import GenericNetlinkSocket  # type: ignore[import-untyped]
-from pyroute2.netlink.generic.ethtool import ethtoolbitset, ethtoolheader  # type: ignore[import-untyped]
+from typing import TYPE_CHECKING
 
 from nearpath.errors import NearpathError, Unavailable
+from nearpath.kernel.netlink import (
+    ACK,
+    NESTED,
+    REQUEST,
+    NetlinkError,
+    Socket,
+    attribute,
+    attributes,
+    each,
+    number,
+    text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
-_FAMILY = "ethtool"
-_VERSION = 1  # ETHTOOL_GENL_VERSION
+_NETLINK_GENERIC = 16  # linux/netlink.h
+# linux/genetlink.h: struct genlmsghdr {u8 cmd, version; u16 reserved}; the family of families
+_MESSAGE = struct.Struct("=BBxx")
+_CONTROL, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 0x10, 3, 1, 2
+_FAMILY, _VERSION = b"ethtool\0", 1
 # linux/ethtool_netlink.h
 _FEATURES_GET, _FEATURES_SET = 11, 12
-_HEADER, _BITS, _BIT = (
-    "ETHTOOL_A_FEATURES_HEADER",
-    "ETHTOOL_A_BITSET_BITS",
-    "ETHTOOL_A_BITSET_BITS_BIT",
-)
-_NAME, _VALUE = "ETHTOOL_A_BITSET_BIT_NAME", "ETHTOOL_A_BITSET_BIT_VALUE"
-_FLAG_OMIT_REPLY = 1 << 1  # ETHTOOL_FLAG_OMIT_REPLY
+_HEADER, _HW, _WANTED, _ACTIVE = 1, 2, 3, 4  # ETHTOOL_A_FEATURES_*
+_INDEX, _FLAGS = 1, 3  # ETHTOOL_A_HEADER_*
+_OMIT_REPLY = 1 << 1  # ETHTOOL_FLAG_OMIT_REPLY
+_BITS, _BIT = 3, 1  # ETHTOOL_A_BITSET_BITS, ETHTOOL_A_BITSET_BITS_BIT
+_NAME, _VALUE = 2, 3  # ETHTOOL_A_BITSET_BIT_*
 
 # linux/if_ether.h: the protocols under which a packet socket receives IP.
 _RECEIVES_IP = {"0003", "0800", "86dd"}  # ETH_P_ALL, ETH_P_IP, ETH_P_IPV6
@@ -48,22 +55,6 @@ _MOST_BYTES = 4 << 20  # of /proc/net/packet: some 60,000 sockets
 
 class OffloadError(NearpathError):
     """The offloads of a device cannot be read or set."""
-
-
-class _Features(genlmsg):  # type: ignore[misc]  # pyroute2 has no types
-    """A message of ETHTOOL_MSG_FEATURES_*."""
-
-    prefix = "ETHTOOL_A_FEATURES_"
-    nla_map = (
-        ("ETHTOOL_A_FEATURES_UNSPEC", "none"),
-        (_HEADER, "ethtoolheader"),
-        ("ETHTOOL_A_FEATURES_HW", "ethtoolbitset"),
-        ("ETHTOOL_A_FEATURES_WANTED", "ethtoolbitset"),
-        ("ETHTOOL_A_FEATURES_ACTIVE", "ethtoolbitset"),
-        ("ETHTOOL_A_FEATURES_NOCHANGE", "ethtoolbitset"),
-    )
-    ethtoolheader = ethtoolheader
-    ethtoolbitset = ethtoolbitset
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class Features:
     active: frozenset[str]
 
 
-class Door:
+class Door(Socket):
     """Offloads of the devices in the network namespace that the thread is in when this is made.
 
     Use as a context. For one thread.
@@ -85,35 +76,23 @@ class Door:
     """
 
     def __init__(self) -> None:
-        self._socket = GenericNetlinkSocket()
-        # A family that is not there is an error of ours, not a line in pyroute2's log.
-        self._socket.asyncore.module_err_level = "debug"
+        super().__init__(_NETLINK_GENERIC)
+        body = _MESSAGE.pack(_GET_FAMILY, 1) + attribute(_FAMILY_NAME, _FAMILY)
         try:
-            self._socket.bind(_FAMILY, _Features)
-        except (NetlinkError, OSError) as error:
-            self._socket.close()
-            if getattr(error, "code", 0) == ENOENT:
-                raise Unavailable(
-                    "no-ethtool-netlink",
-                    "the kernel has no netlink family ethtool",
-                    "it needs CONFIG_ETHTOOL_NETLINK",
-                ) from error
-            raise OffloadError(f"cannot open the netlink family {_FAMILY}: {error}") from error
-
-    def __enter__(self) -> Door:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
+            (answer,) = self.ask("find the netlink family ethtool", _CONTROL, REQUEST, body, 1)
+        except NetlinkError as error:
+            self.close()
+            if error.errno != ENOENT:
+                raise OffloadError(error.message) from error
+            raise Unavailable(
+                "no-ethtool-netlink",
+                "the kernel has no netlink family ethtool",
+                "it needs CONFIG_ETHTOOL_NETLINK",
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        self._family = number(attributes(answer, _MESSAGE.size).get(_FAMILY_ID))
 
     def features(self, index: int) -> Features | None:
         """The offloads of the device with this ifindex; None if there is none.
@@ -123,14 +102,19 @@ class Door:
         Raises:
             OffloadError: the kernel refuses, or answers something else.
         """
-        answers = self._ask(_FEATURES_GET, index, NLM_F_REQUEST)
-        if answers is None:
-            return None
-        if len(answers) != 1:
-            raise OffloadError(f"no answer about the offloads of device {index}")
-        (answer,) = answers
+        body = _MESSAGE.pack(_FEATURES_GET, _VERSION) + _device(index, 0)
+        what = f"read the offloads of device {index}"
+        try:
+            (answer,) = self.ask(what, self._family, REQUEST, body, 1)
+        except NetlinkError as error:
+            if error.errno == ENODEV:
+                return None
+            raise OffloadError(error.message) from error
+        known = attributes(answer, _MESSAGE.size)
+        if not {_HW, _WANTED, _ACTIVE} <= set(known):
+            raise OffloadError(f"cannot {what}: the answer lacks them")
         return Features(
-            _names(answer, "HW", masked=True), _names(answer, "WANTED"), _names(answer, "ACTIVE")
+            _names(known[_HW], masked=True), _names(known[_WANTED]), _names(known[_ACTIVE])
         )
 
     def want(self, index: int, wanted: Mapping[str, bool]) -> bool:
@@ -144,61 +128,37 @@ class Door:
         Raises:
             OffloadError: the kernel refuses.
         """
-        bits = [
-            [_BIT, {"attrs": [[_NAME, name], *([[_VALUE, True]] if on else [])]}]
-            for name, on in wanted.items()
-        ]
-        bitset = {"attrs": [[_BITS, {"attrs": bits}]]}
-        answers = self._ask(
-            _FEATURES_SET,
-            index,
-            NLM_F_REQUEST | NLM_F_ACK,
-            ("ETHTOOL_A_FEATURES_WANTED", bitset),
-        )
-        return answers is not None
-
-    def _ask(
-        self, command: int, index: int, flags: int, *attributes: tuple[str, Any]
-    ) -> list[Any] | None:
-        """Send one request; the answers, or None if there is no such device."""
-        message = _Features()
-        message["cmd"] = command
-        message["version"] = _VERSION
-        header: list[list[Any]] = [["ETHTOOL_A_HEADER_DEV_INDEX", index]]
-        if command == _FEATURES_SET:
-            header.append(["ETHTOOL_A_HEADER_FLAGS", _FLAG_OMIT_REPLY])
-        message["attrs"] = [(_HEADER, {"attrs": header}), *attributes]
+        bits = b""
+        for name, on in wanted.items():
+            bit = attribute(_NAME, name.encode() + b"\0")
+            bits += attribute(_BIT | NESTED, bit + (attribute(_VALUE, b"") if on else b""))
+        bitset = attribute(_WANTED | NESTED, attribute(_BITS | NESTED, bits))
+        body = _MESSAGE.pack(_FEATURES_SET, _VERSION) + _device(index, _OMIT_REPLY) + bitset
         try:
-            # The kernel answers within sendmsg(2), so this never waits for somebody else.
-            return list(
-                self._socket.nlm_request(message, msg_type=self._socket.prid, msg_flags=flags)
-            )
+            self.ask(f"set the offloads of device {index}", self._family, REQUEST | ACK, body)
         except NetlinkError as error:
-            if error.code == ENODEV:
-                return None
-            verb = "set" if command == _FEATURES_SET else "read"
-            raise OffloadError(
-                f"cannot {verb} the offloads of device {index}: {error.args[-1]}"
-            ) from error
-        except OSError as error:
-            raise OffloadError(
-                f"cannot ask for the offloads of device {index}: {error.strerror or error}"
-            ) from error
+            if error.errno == ENODEV:
+                return False
+            raise OffloadError(error.message) from error
+        return True
 
 
-def _names(answer: Any, which: str, masked: bool = False) -> frozenset[str]:
-    """Names of the bits that are set in one of the bitsets of an answer.
+def _device(index: int, flags: int) -> bytes:
+    header = attribute(_INDEX, struct.pack("=I", index))
+    if flags:
+        header += attribute(_FLAGS, struct.pack("=I", flags))
+    return attribute(_HEADER | NESTED, header)
+
+
+def _names(bitset: bytes, masked: bool = False) -> frozenset[str]:
+    """Names of the bits that are set in a bitset.
 
     Args:
         masked: the bitset lists all bits, those that are set with a value; others list only
             the bits that are set (net/ethtool/bitset.c).
     """
-    bits = answer.get_attr(f"ETHTOOL_A_FEATURES_{which}").get_attr(_BITS)
-    if bits is None:
-        return frozenset()
-    return frozenset(
-        bit.get_attr(_NAME) for bit in bits.get_attrs(_BIT) if bit.get_attr(_VALUE) or not masked
-    )
+    found = (attributes(bit) for bit in each(attributes(bitset).get(_BITS, b""), _BIT))
+    return frozenset(text(bit.get(_NAME)) for bit in found if _VALUE in bit or not masked)
 
 
 def packet_socket_indexes() -> set[int]:

@@ -1,34 +1,30 @@
 """Links, qdiscs and filters of a network namespace, by rtnetlink(7).
 
-A socket of our own and not a library's, since what a pod has in its namespace is the pod's
-choice: a dump must have an end, so it stops to parse after a number of entries. u32 keys in
-front of the network header, which match MAC addresses, need our own packing anyway (u32.py).
+u32 keys in front of the network header, which match MAC addresses, need our own packing (u32.py).
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from dataclasses import dataclass
-from errno import EINVAL, ENODEV, ENOENT
-from typing import TYPE_CHECKING
+from errno import EINVAL
 
-from nearpath.errors import NearpathError
+from nearpath.kernel.netlink import (
+    ACK,
+    CREATE,
+    EXCL,
+    GONE,
+    NESTED,
+    REQUEST,
+    NetlinkError,
+    Socket,
+    attribute,
+    attributes,
+    number,
+    text,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import TracebackType
-    from typing import Self
-
-# linux/netlink.h
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_REQUEST, _ACK, _DUMP, _EXCL, _CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
-_DUMP_INTERRUPTED = 0x10
-_ERROR, _DONE = 2, 3
-_SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
-_ACK_CAPPED, _ACK_TLVS = 0x100, 0x200
-_NLMSGERR_ATTR_MSG = 1
 # linux/rtnetlink.h
 _NEWLINK, _GETLINK = 16, 18
 _NEWQDISC, _DELQDISC, _GETQDISC = 36, 37, 38
@@ -47,55 +43,13 @@ _XDP_ATTACHED = 2
 # struct tcmsg, TCA_*
 _TC = struct.Struct("=BxxxiIII")  # family, ifindex, handle, parent, info
 _KIND, _OPTIONS, _CHAIN, _INGRESS_BLOCK, _EGRESS_BLOCK = 1, 2, 11, 13, 14
-_NESTED = 0x8000
-_TYPE = 0x3FFF  # without the flags for nested and network byte order
 _INGRESS = 0xFFFFFFF1  # TC_H_INGRESS = TC_H_CLSACT
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_…)
 _ALL = 0x0003  # ETH_P_ALL; filters take it in network byte order
 
-_READ = 65536
-_TIMEOUT = 5.0  # seconds; the kernel answers at once, and a watcher must not hang
-_TRIES = 3
-GONE = frozenset({ENODEV, ENOENT})
 
-Attributes = dict[int, bytes]
-
-
-class RtnlError(NearpathError):
-    """The kernel refused a request; ``errno`` says why, ``said`` the same in its own words."""
-
-    def __init__(self, what: str, errno: int, said: str = "") -> None:
-        text = f"cannot {what}: {os.strerror(errno)}"
-        super().__init__(f"{text} ({said})" if said else text)
-        self.errno = errno
-        self.said = said
-
-
-def attribute(kind: int, content: bytes) -> bytes:
-    """A netlink attribute, padded to four bytes."""
-    return struct.pack("=HH", 4 + len(content), kind) + content + bytes(-len(content) % 4)
-
-
-def attributes(data: bytes, start: int = 0) -> Attributes:
-    """The attributes from ``start`` on by their type; the last one of a type counts."""
-    found = {}
-    while start + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, start)
-        if length < 4:
-            break
-        found[kind & _TYPE] = data[start + 4 : start + length]
-        start += (length + 3) & ~3
-    return found
-
-
-def text(data: bytes | None) -> str:
-    """A string of the kernel's; bytes that are no UTF-8 come escaped."""
-    return (data or b"").partition(b"\0")[0].decode("utf-8", "backslashreplace")
-
-
-def number(data: bytes | None) -> int:
-    """An integer in host byte order, of whatever width; 0 if it is not there."""
-    return int.from_bytes(data or b"", "little" if struct.pack("=H", 1)[0] else "big")
+class RtnlError(NetlinkError):
+    """rtnetlink refused a request."""
 
 
 @dataclass(frozen=True)
@@ -150,38 +104,20 @@ class Filter:
     options: bytes
 
 
-class Rtnl:
+class Rtnl(Socket):
     """An rtnetlink socket of the namespace that the thread is in; a context that closes it."""
 
+    error = RtnlError
+
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._socket.settimeout(_TIMEOUT)
-        # Errors come with the kernel's words and without our own request.
-        for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK):
-            self._socket.setsockopt(_SOL_NETLINK, option, 1)
-        self._sequence = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Calling it twice is fine."""
-        self._socket.close()
+        super().__init__(socket.NETLINK_ROUTE)
 
     # -- links -------------------------------------------------------------------------------
 
     def bridges(self, most: int) -> list[Link]:
         """``ip -detail link show type bridge``: the first ones."""
         kind = attribute(_INFO_KIND, b"bridge\0")
-        wanted = attribute(_LINKINFO | _NESTED, kind)
+        wanted = attribute(_LINKINFO | NESTED, kind)
         return self._links(wanted, most)
 
     def ports(self, bridge: int, most: int) -> list[Link]:
@@ -193,7 +129,7 @@ class Rtnl:
         """``ip -detail link show`` of one device, or None if it is not there."""
         body = _LINK.pack(0, 0, index, 0, 0) + attribute(_EXT_MASK, struct.pack("=I", _SKIP_STATS))
         try:
-            (answer,) = self._ask(f"look at link {index}", _GETLINK, _REQUEST, body, 1)
+            (answer,) = self.ask(f"look at link {index}", _GETLINK, REQUEST, body, 1)
         except RtnlError as error:
             if error.errno in GONE:
                 return None
@@ -203,7 +139,7 @@ class Rtnl:
     def _links(self, wanted: bytes, most: int) -> list[Link]:
         skip = attribute(_EXT_MASK, struct.pack("=I", _SKIP_STATS))
         body = _LINK.pack(0, 0, 0, 0, 0) + skip + wanted
-        return [_link(answer) for answer in self._dump("list links", _GETLINK, body, most)]
+        return [_link(answer) for answer in self.dump("list links", _GETLINK, body, most)]
 
     # -- qdiscs ------------------------------------------------------------------------------
 
@@ -214,7 +150,7 @@ class Rtnl:
             most: qdiscs of any kind to look at.
         """
         found = {}
-        for answer in self._dump("list qdiscs", _GETQDISC, _TC.pack(0, 0, 0, 0, 0), most):
+        for answer in self.dump("list qdiscs", _GETQDISC, _TC.pack(0, 0, 0, 0, 0), most):
             _, index, _, parent, _ = _TC.unpack_from(answer)
             if parent == _INGRESS:
                 known = attributes(answer, _TC.size)
@@ -230,8 +166,8 @@ class Rtnl:
         """
         # tc qdisc add dev <index> ingress
         body = _TC.pack(0, index, 0xFFFF0000, _INGRESS, 0) + attribute(_KIND, b"ingress\0")
-        flags = _REQUEST | _ACK | _CREATE | _EXCL
-        self._ask(f"make an ingress qdisc on link {index}", _NEWQDISC, flags, body)
+        flags = REQUEST | ACK | CREATE | EXCL
+        self.ask(f"make an ingress qdisc on link {index}", _NEWQDISC, flags, body)
 
     def delete_ingress(self, index: int) -> None:
         """Delete it with all filters on it; none, or no such device, is fine."""
@@ -249,7 +185,7 @@ class Rtnl:
         """
         body = _TC.pack(0, index, 0, parent, priority << 16)
         try:
-            found = self._dump(f"list filters of link {index}", _GETTFILTER, body, most)
+            found = self.dump(f"list filters of link {index}", _GETTFILTER, body, most)
         except RtnlError as error:
             if error.errno in GONE:
                 return []
@@ -265,9 +201,9 @@ class Rtnl:
         # tc filter add dev <index> ingress prio <priority> handle <handle> protocol all <kind> …
         body = _TC.pack(0, index, handle, INGRESS, priority << 16 | socket.htons(_ALL))
         body += attribute(_KIND, kind.encode() + b"\0")
-        body += attribute(_OPTIONS | _NESTED, options)
-        flags = _REQUEST | _ACK | _CREATE | _EXCL
-        self._ask(f"add a {kind} filter to link {index}", _NEWTFILTER, flags, body)
+        body += attribute(_OPTIONS | NESTED, options)
+        flags = REQUEST | ACK | CREATE | EXCL
+        self.ask(f"add a {kind} filter to link {index}", _NEWTFILTER, flags, body)
 
     def delete_filter(self, entry: Filter) -> None:
         """Delete a filter at ingress; none of the kind, or no such device, is fine."""
@@ -286,75 +222,14 @@ class Rtnl:
         what = f"delete {kind} filters of link {index}"
         self._gone_is_fine(what, _DELTFILTER, body)
 
-    # -- transport ---------------------------------------------------------------------------
-
     def _gone_is_fine(self, what: str, kind: int, body: bytes) -> None:
         try:
-            self._ask(what, kind, _REQUEST | _ACK, body)
+            self.ask(what, kind, REQUEST | ACK, body)
         except RtnlError as error:
             # Of a filter whose qdisc is gone it only says so in words (net/sched/cls_api.c).
             no_qdisc = error.errno == EINVAL and "Parent Qdisc" in error.said
             if error.errno not in GONE and not no_qdisc:
                 raise
-
-    def _dump(self, what: str, kind: int, body: bytes, most: int) -> list[bytes]:
-        for _ in range(_TRIES):
-            before = self._sequence
-            found = self._ask(what, kind, _REQUEST | _DUMP, body, most)
-            if self._sequence == before + 1:
-                break
-        return found
-
-    def _ask(self, what: str, kind: int, flags: int, body: bytes, most: int = 0) -> list[bytes]:
-        """Send a request and read all of the answer; the first ``most`` messages of it.
-
-        An interrupted dump (the kernel's lists have changed meanwhile) counts the sequence
-        once more, so that _dump() knows.
-        """
-        self._sequence += 1
-        sequence, interrupted = self._sequence, False
-        header = _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0)
-        found: list[bytes] = []
-        try:
-            self._socket.send(header + body)
-            for number_, flags_, payload in self._messages(sequence):
-                interrupted |= bool(flags_ & _DUMP_INTERRUPTED)
-                if number_ == _ERROR:
-                    self._check(what, flags_, payload)
-                if number_ in {_ERROR, _DONE}:
-                    break
-                if len(found) < most:
-                    found.append(payload)
-                if not flags & (_DUMP | _ACK):
-                    break
-        except OSError as error:
-            raise NearpathError(f"cannot {what}: {error.strerror or error}") from error
-        if interrupted:
-            self._sequence += 1
-        return found
-
-    def _messages(self, sequence: int) -> Iterator[tuple[int, int, bytes]]:
-        """(type, flags, payload) of what answers this request; others are late answers."""
-        while True:
-            data = self._socket.recv(_READ)
-            start = 0
-            while start + _HEADER.size <= len(data):
-                length, kind, flags, number_, _ = _HEADER.unpack_from(data, start)
-                if length < _HEADER.size:
-                    break
-                if number_ == sequence:
-                    yield kind, flags, data[start + _HEADER.size : start + length]
-                start += (length + 3) & ~3
-
-    @staticmethod
-    def _check(what: str, flags: int, payload: bytes) -> None:
-        (result,) = struct.unpack_from("=i", payload)
-        if result:
-            said = ""
-            if flags & _ACK_TLVS and flags & _ACK_CAPPED:
-                start = 4 + _HEADER.size
-                said = text(attributes(payload, start).get(_NLMSGERR_ATTR_MSG))
-            raise RtnlError(what, -result, said)
 
 
 def _link(answer: bytes) -> Link:

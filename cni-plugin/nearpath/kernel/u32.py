@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from nearpath.kernel.rtnl import attribute, attributes, number, text
+from nearpath.kernel.netlink import attribute, attributes, number, text
 
 # struct tc_u32_sel {u8 flags, offshift, nkeys, pad; __be16 offmask; u16 off; s16 offoff, hoff;
 # __be32 hmask}, followed by struct tc_u32_key {__be32 mask, val; int off, offmask}

@@ -123,7 +123,7 @@ def judge(
     *,
     insist: bool,
     readers: Collection[int] = (),
-    ours: Iterable[Change] = (),
+    ours: Collection[Change] = (),
 ) -> Verdict:
     """Which mode to put in force for one interface of a VM.
 
@@ -144,14 +144,29 @@ def judge(
         for change in ours
         for device in seen
     )
-    is_off = any(_missing(now) for device, now in seen.items() if device.role in {NIC, VETH})
+    # What we have switched off ourselves (software, before) comes back with this plan.
+    off_by_us = {(c.where, c.ifindex, c.feature) for c in ours if c.before and not c.after}
+    is_off = any(
+        (device.where, device.ifindex, feature) not in off_by_us
+        for device, now in seen.items()
+        if device.role in {NIC, VETH}
+        for feature in _missing(now)
+    )
     # Where nobody has switched it off and we have not switched it on, whoever reads is none
     # of our business.
     if is_read and (is_off or has_ours):
         return Verdict(KEEP, USERSPACE_SWITCH)
     if is_off and not insist:
         return Verdict(KEEP, SWITCHED_OFF)
-    if any(now and not now.active & _INTERNET for d, now in seen.items() if d.role == TAP):
+    taps = [
+        now
+        for device, now in seen.items()
+        if now
+        and device.role == TAP
+        # Of one that we have switched off nothing can be told yet.
+        and not any((device.where, device.ifindex, name) in off_by_us for name in _INTERNET)
+    ]
+    if any(not now.active & _INTERNET for now in taps):
         return Verdict(SKIP, NOT_NEGOTIATED)
     return Verdict(SKIP, "")
 
@@ -275,7 +290,7 @@ def _add(total: Plan, more: Plan) -> None:
 
 
 def _readers() -> set[int]:
-    from nearpath.kernel import offload  # pyroute2 takes 0.2 s to import; ADD wants our words
+    from nearpath.kernel import offload  # not at the top: who wants our words needs no door
 
     return offload.packet_socket_indexes()
 
