@@ -366,7 +366,10 @@ def test_damaged_json(bad: Any) -> None:
 def test_words_cost_nothing() -> None:
     """The words for modes are there without the door, for who only wants the words."""
     sources = Path(__file__).parents[2] / "cni-plugin"
-    code = "import sys; from nearpath.lanes import checksum; print('nearpath.kernel.offload' in sys.modules)"
+    code = (
+        "import sys; from nearpath.lanes import checksum; "
+        "print('nearpath.kernel.offload' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-B", "-c", code],
         env={"PYTHONPATH": str(sources)},

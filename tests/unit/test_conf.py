@@ -83,7 +83,8 @@ def test_every_key_is_documented() -> None:
     text = (CONF / "README.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `([\w./-]+)` \|", text, re.MULTILINE))
     keys = set(netconf.KEYS) | {"capabilities"}
-    assert documented - set(UPSTREAM) == keys | {identity.SOCKET_LANE}
+    annotations = {identity.SOCKET_LANE, identity.TAP_LANE, identity.CHECKSUM}
+    assert documented - set(UPSTREAM) == keys | annotations
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
     ours = {CODE_UNAVAILABLE, CODE_DATAPATH, CODE_STATE, CODE_CHECK}
     assert codes == ours | {8, 11, 50}
