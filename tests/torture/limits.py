@@ -154,13 +154,14 @@ def _woken(case: Case) -> bool:
     step = _step(case)
     if step is None or difference.lane != ["EAGAIN"] or step.do not in {*_READS, "recv_exact"}:
         return False
-    if difference.begun >= difference.step or "DONTWAIT" in step.args.get("flags", ()):
+    if "DONTWAIT" in step.args.get("flags", ()):
         return False
     return any(
         other.by[0] == difference.side
         and other.by != step.by
         and other.do in _WAKES
-        and (number > difference.begun or other.loose)  # or one that had not ended yet
+        # After it has fallen asleep, or one that had not ended when it did.
+        and (difference.begun < number or other.loose)
         for number, other in enumerate(case.program.steps[: difference.step + 1])
     )
 

@@ -158,13 +158,15 @@ def judge(
         return Verdict(KEEP, USERSPACE_SWITCH)
     if is_off and not insist:
         return Verdict(KEEP, SWITCHED_OFF)
+    # Of a tap that we have switched off nothing can be told yet.
     taps = [
         now
         for device, now in seen.items()
         if now
         and device.role == TAP
-        # Of one that we have switched off nothing can be told yet.
-        and not any((device.where, device.ifindex, name) in off_by_us for name in _INTERNET)
+        and not any(
+            (device.where, device.ifindex, name) in off_by_us for name in _INTERNET - now.wanted
+        )
     ]
     if any(not now.active & _INTERNET for now in taps):
         return Verdict(SKIP, NOT_NEGOTIATED)

@@ -113,40 +113,53 @@ def attend(place: Place, cookie: int, path: str, wanted: Wanted) -> dict[str, An
         Gone: there is no such namespace any more.
         NearpathError: something failed; what was done so far is kept.
     """
-    known = vm_state.read(place, cookie)
     with _View(path, cookie) as view:
-        seen = tap.observe(view.pod)
-        ends = _host_ends(view, seen)
-        fit = [wire for wire in seen.wires if not wire.reason]
-        sums = checksum.work_out(
-            view.offloads,
-            wanted.checksum,
-            [_devices(wire, ends) for wire in fit],
-            _changes(known["changes"]),
-            insist=wanted.insist,
-        )
-        changes = [change._asdict() for change in sums.plan.record]
-        # Offload goes on before frames may need it (mode "peer"), and off after they do not.
-        raised = [step for step in sums.plan.steps if step.after]
-        lowered = [step for step in sums.plan.steps if not step.after]
-        if raised:
-            vm_state.write(place, {**known, "netns": path, "changes": changes})
-            checksum.execute(view.offloads, raised)
-        plan = tap.plan(seen, wanted.mode, set(known["made"]), _bypasses(view, ends, wanted))
-        verdicts = dict(zip((wire.bridge.index for wire in fit), sums.verdicts, strict=True))
-        now = {
-            "cookie": cookie,
-            "netns": path,
-            "error": "",
-            "made": sorted(plan.made),
-            "changes": changes,
-            "wires": [_wire(outcome, wanted, verdicts) for outcome in plan.outcomes],
-        }
-        if raised or now != known:
-            vm_state.write(place, now)
-        tap.execute(view.pod, plan)
-        checksum.execute(view.offloads, lowered)
+        for _ in range(2):
+            now, switched = _look(place, cookie, path, wanted, view)
+            # Once more after offloads were switched: what is undone need not be kept, and only
+            # now it is seen what the guest makes of them.
+            if not switched:
+                break
     return now
+
+
+def _look(
+    place: Place, cookie: int, path: str, wanted: Wanted, view: _View
+) -> tuple[dict[str, Any], bool]:
+    """See attend(); also whether offloads were switched."""
+    known = vm_state.read(place, cookie)
+    seen = tap.observe(view.pod)
+    ends = _host_ends(view, seen)
+    fit = [wire for wire in seen.wires if not wire.reason]
+    sums = checksum.work_out(
+        view.offloads,
+        wanted.checksum,
+        [_devices(wire, ends) for wire in fit],
+        _changes(known["changes"]),
+        insist=wanted.insist,
+    )
+    changes = [change._asdict() for change in sums.plan.record]
+    # Offload goes on before frames may need it (mode "peer"), and off after they do not.
+    raised = [step for step in sums.plan.steps if step.after]
+    lowered = [step for step in sums.plan.steps if not step.after]
+    if raised:
+        vm_state.write(place, {**known, "netns": path, "changes": changes})
+        checksum.execute(view.offloads, raised)
+    plan = tap.plan(seen, wanted.mode, set(known["made"]), _bypasses(view, ends, wanted))
+    verdicts = dict(zip((wire.bridge.index for wire in fit), sums.verdicts, strict=True))
+    now = {
+        "cookie": cookie,
+        "netns": path,
+        "error": "",
+        "made": sorted(plan.made),
+        "changes": changes,
+        "wires": [_wire(outcome, wanted, verdicts) for outcome in plan.outcomes],
+    }
+    if raised or now != known:
+        vm_state.write(place, now)
+    tap.execute(view.pod, plan)
+    checksum.execute(view.offloads, lowered)
+    return now, bool(sums.plan.steps)
 
 
 def _bypasses(view: _View, ends: dict[int, tap.HostEnd], wanted: Wanted) -> dict[int, tap.HostEnd]:
