@@ -137,7 +137,7 @@ def test_annotations_and_excluded_namespaces_decide(node: Node) -> None:
         }
         # The bad value is ignored, but not silently.
         assert "warning" in node.log()
-        assert "nearpath.io/socket-lane is not" in node.log()
+        assert "nearpath.io/socket-lane is none of" in node.log()
 
 
 def test_sandbox_stopped_twice(node: Node) -> None:

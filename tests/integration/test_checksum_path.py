@@ -337,7 +337,7 @@ def test_switch_in_user_space(lab: Node) -> None:
         talk(lab, "guest", "pod", 4)
         # What would have happened: the guest's packets reach the pod as damaged ones.
         lab.switch(lab.launcher, lab.bound.names.nic, "tx", "on")
-        assert vm_net.udp(lab, "guest", "pod", 4, SIZES, 0.3) == 0
+        assert vm_net.udp(lab, "guest", "pod", 4, SIZES, 1.0) == 0
         dropped = errors | {"udp4": len(SIZES)}
         wait_until(lambda: sums.checksum_errors(lab.talkers["pod"]) == dropped, f"{dropped}")
         lab.switch(lab.launcher, lab.bound.names.nic, "tx", "off")

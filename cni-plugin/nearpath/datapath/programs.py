@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _OBJECT = "socket_lane"
 _GUARDS = "guards"
+_COUNTING = "nearpath_delivered"  # the guard that counts redirects that have arrived
 _SOCKOPS = "nearpath_sockops"
 _MESSAGE = "nearpath_message"
 
@@ -85,9 +86,17 @@ def _attach_guards(place: Place, left_out: frozenset[str]) -> None:
         built.set_sizes(sizes.of_pinned(place))
         built.leave_out(left_out)
         built.load()
-        links = [
-            (name, libbpf.attach_tracing(program)) for name, program in built.programs().items()
-        ]
+        # The old one goes first: with both, each arrival would be counted twice, and a redirect
+        # still on its way taken for one that has arrived. What nobody counts in between only
+        # leaves the question open (redirect_in_flight(), bpf/socket_lane.bpf.c).
+        try:
+            os.unlink(f"{place.layout_dir}/link_{_COUNTING}")
+        except FileNotFoundError:
+            pass
+        programs = built.programs()
+        # And the new one comes last: the kernel takes a moment to let go of the old one.
+        names = sorted(programs, key=lambda name: name == _COUNTING)
+        links = [(name, libbpf.attach_tracing(programs[name])) for name in names]
         try:
             for name, link in links:
                 _pin_over(link, f"{place.layout_dir}/link_{name}", place)
