@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nearpath.place import Place
 
 LINK = "link_sockops"
-GUARD_LINK = "link_guards"  # the last guard that is attached
+GUARD_LINK = "link_guards"  # there when all guards are attached
 
 
 def is_loaded(place: Place) -> bool:

@@ -100,8 +100,8 @@ def _attach_guards(place: Place, left_out: frozenset[str]) -> None:
         try:
             for name, link in links:
                 _pin_over(link, f"{place.layout_dir}/link_{name}", place)
-            # One that says that all are there.
-            _pin_over(links[-1][1], f"{place.layout_dir}/{GUARD_LINK}", place)
+            # One that says that all are there. Not the counting one, which must go by one pin.
+            _pin_over(links[0][1], f"{place.layout_dir}/{GUARD_LINK}", place)
         finally:
             for _, link in links:
                 link.close()
