@@ -13,6 +13,7 @@ import struct
 
 from nearpath.errors import NearpathError
 from nearpath.kernel import mounts, netns
+from nearpath.kernel.netlink import ACK, CREATE, EXCL, REQUEST, Socket, attribute
 from nearpath.kernel.syscall import UNSHARE, syscall
 
 _OWN_NETNS = "/proc/self/ns/net"
@@ -20,11 +21,8 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
 _SIOCBRADDBR, _SIOCBRDELBR, _SIOCBRADDIF = 0x89A0, 0x89A1, 0x89A2
 _IFF_UP = 1
-# linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/veth.h
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
-_ANSWER = struct.Struct("=IHHIIi")  # the same, error
+# linux/rtnetlink.h, linux/if_link.h, linux/veth.h
 _RTM_NEWLINK = 16
-_CREATE = 0x1 | 0x4 | 0x200 | 0x400  # NLM_F_REQUEST, ACK, EXCL, CREATE
 _NO_LINK = bytes(16)  # struct ifinfomsg that leaves everything open
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 3, 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
@@ -62,29 +60,20 @@ def set_up(ifname: str, up: bool = True) -> None:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", ifname.encode(), flags))
 
 
-def _attribute(kind: int, content: bytes) -> bytes:
-    """A netlink attribute, padded to four bytes."""
-    return struct.pack("=HH", 4 + len(content), kind) + content + bytes(-len(content) % 4)
-
-
 def add_veth(ifname: str, peer: str, peer_netns: int) -> None:
     """``ip link add <ifname> type veth peer name <peer> netns <descriptor>``.
 
     Raises:
-        OSError: the kernel refused.
+        NearpathError: the kernel refused.
     """
-    far = _attribute(_IFLA_IFNAME, peer.encode() + b"\0")
-    far += _attribute(_IFLA_NET_NS_FD, struct.pack("=i", peer_netns))
-    pair = _attribute(_VETH_INFO_PEER, _NO_LINK + far)
-    link = _attribute(_IFLA_INFO_KIND, b"veth") + _attribute(_IFLA_INFO_DATA, pair)
-    body = _NO_LINK + _attribute(_IFLA_IFNAME, ifname.encode() + b"\0")
-    body += _attribute(_IFLA_LINKINFO, link)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as control:
-        control.bind((0, 0))
-        control.send(_HEADER.pack(_HEADER.size + len(body), _RTM_NEWLINK, _CREATE, 1, 0) + body)
-        *_, error = _ANSWER.unpack_from(control.recv(4096))
-    if error:
-        raise OSError(-error, os.strerror(-error))
+    far = attribute(_IFLA_IFNAME, peer.encode() + b"\0")
+    far += attribute(_IFLA_NET_NS_FD, struct.pack("=i", peer_netns))
+    pair = attribute(_VETH_INFO_PEER, _NO_LINK + far)
+    link = attribute(_IFLA_INFO_KIND, b"veth") + attribute(_IFLA_INFO_DATA, pair)
+    body = _NO_LINK + attribute(_IFLA_IFNAME, ifname.encode() + b"\0")
+    body += attribute(_IFLA_LINKINFO, link)
+    with Socket(socket.NETLINK_ROUTE) as control:
+        control.ask(f"make veth {ifname}", _RTM_NEWLINK, REQUEST | ACK | EXCL | CREATE, body)
 
 
 def add_bridge(ifname: str, *ports: str) -> None:
