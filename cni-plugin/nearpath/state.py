@@ -264,6 +264,12 @@ def wants_lane(record: dict[str, Any], lane: str = "socket") -> bool:
     return found == "on" or reason not in CHOSEN
 
 
+def is_vm(record: dict[str, Any]) -> bool:
+    """True if an attachment's pod said at ADD that it is a virtual machine's."""
+    lanes = record.get("lanes")
+    return isinstance(lanes, dict) and isinstance(lanes.get("tap"), dict)
+
+
 def may_go_unguarded(record: dict[str, Any]) -> bool:
     """True if this attachment accepts the socket lane without guards."""
     lanes = record.get("lanes")

@@ -12,7 +12,6 @@ import os
 from nearpath import state
 from nearpath.cni import netconf
 from nearpath.cni.identity import is_vm
-from nearpath.lanes import vm_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def watch(context: Context, record: dict[str, Any]) -> None:
     The watcher's file is there as long as one has work to do: also the ADD of a plain pod
     replaces one that was killed.
     """
-    if not vm_state.is_vm(record) and not os.path.exists(context.place.watcher_file):
+    if not state.is_vm(record) and not os.path.exists(context.place.watcher_file):
         return
 
     def start() -> None:
@@ -62,8 +61,10 @@ def retire(context: Context, record: dict[str, Any] | None, forget: Callable[[],
         forget: removes the record; False if it could not.
     """
     cookie = state.cookie_of(record)
-    if record is None or not cookie or not vm_state.is_vm(record):
+    if record is None or not cookie or not state.is_vm(record):
         return forget()
+    from nearpath.lanes import vm_state  # not for plain pods
+
     place, request = context.place, context.request
     with vm_state.lock(place):
         key = record["container_id"], record["ifname"]
@@ -80,6 +81,8 @@ def retire(context: Context, record: dict[str, Any] | None, forget: Callable[[],
 
 def sweep(context: Context) -> bool:
     """Undo what is left of virtual machines' pods without a record; False if that failed."""
+    from nearpath.lanes import vm_state
+
     if vm_state.known(context.place) <= set(vm_state.by_cookie(context.place)):
         return True
     return context.attempt("tap lane", lambda: context.doors.sweep_taps(context.place))

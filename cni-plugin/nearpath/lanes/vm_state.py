@@ -110,18 +110,12 @@ def known(place: Place) -> set[int]:
     return {int(head) for head in heads if head.isdecimal() and len(head) <= 20}
 
 
-def is_vm(record: dict[str, Any]) -> bool:
-    """True if an attachment's pod said at ADD that it is a virtual machine's."""
-    lanes = record.get("lanes")
-    return isinstance(lanes, dict) and isinstance(lanes.get("tap"), dict)
-
-
 def by_cookie(place: Place) -> dict[int, list[dict[str, Any]]]:
     """Records of virtual machines' pods, by namespace."""
     found: dict[int, list[dict[str, Any]]] = {}
     for record in state.records(place):
         cookie = state.cookie_of(record)
-        if cookie and is_vm(record):
+        if cookie and state.is_vm(record):
             found.setdefault(cookie, []).append(record)
     return found
 

@@ -118,7 +118,7 @@ def pod_list(place: Place, shown: dict[str, Any] | None = None) -> list[dict[str
         lanes: dict[str, Any] = {
             "socket": {"state": lane, "reason": reason, **counters.get(cookie, socket.NOTHING)}
         }
-        if cookie in machines and vm_state.is_vm(record):
+        if cookie in machines and state.is_vm(record):
             lanes["tap"] = taps.describe(place, machines[cookie])
         pods.append(
             {
