@@ -307,15 +307,19 @@ def load(place: Place, container_id: str, ifname: str) -> dict[str, Any] | None:
     return _parse(f"{place.attachments_dir}/{record_name(container_id, ifname)}")
 
 
-def remove(place: Place, container_id: str, ifname: str) -> None:
-    """Remove the record of one attachment; none there is fine."""
-    path = f"{place.attachments_dir}/{record_name(container_id, ifname)}"
+def remove_file(path: str) -> None:
+    """Remove a file; none there is fine."""
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
     except OSError as error:
         raise StateError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def remove(place: Place, container_id: str, ifname: str) -> None:
+    """Remove the record of one attachment; none there is fine."""
+    remove_file(f"{place.attachments_dir}/{record_name(container_id, ifname)}")
 
 
 def records(place: Place) -> Iterator[dict[str, Any]]:

@@ -54,28 +54,24 @@ def attribute(kind: int, content: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(content), kind) + content + bytes(-len(content) % 4)
 
 
-def attributes(data: bytes, start: int = 0) -> Attributes:
-    """The attributes from ``start`` on by their type; the last one of a type counts."""
-    found = {}
+def _walk(data: bytes, start: int) -> Iterator[tuple[int, bytes]]:
+    """Type and content of each attribute from ``start`` on."""
     while start + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, start)
         if length < 4:
             break
-        found[kind & _TYPE] = data[start + 4 : start + length]
+        yield kind & _TYPE, data[start + 4 : start + length]
         start += (length + 3) & ~3
-    return found
+
+
+def attributes(data: bytes, start: int = 0) -> Attributes:
+    """The attributes from ``start`` on by their type; the last one of a type counts."""
+    return dict(_walk(data, start))
 
 
 def each(data: bytes, kind: int) -> Iterator[bytes]:
     """The contents of all attributes of a type."""
-    start = 0
-    while start + 4 <= len(data):
-        length, found = struct.unpack_from("=HH", data, start)
-        if length < 4:
-            break
-        if found & _TYPE == kind:
-            yield data[start + 4 : start + length]
-        start += (length + 3) & ~3
+    return (content for found, content in _walk(data, 0) if found == kind)
 
 
 def text(data: bytes | None) -> str:

@@ -82,22 +82,13 @@ def choose(place: Place, cookie: int, chosen: dict[str, str]) -> None:
     if chosen:
         _write(place, _path(place, cookie, _CHOICE), chosen)
     else:
-        _remove(_path(place, cookie, _CHOICE))
+        state.remove_file(_path(place, cookie, _CHOICE))
 
 
 def forget(place: Place, cookie: int) -> None:
     """Remove all that is kept about a namespace."""
-    _remove(_path(place, cookie, _STATE))
-    _remove(_path(place, cookie, _CHOICE))
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise StateError(f"cannot remove {path}: {error.strerror}") from error
+    state.remove_file(_path(place, cookie, _STATE))
+    state.remove_file(_path(place, cookie, _CHOICE))
 
 
 def known(place: Place) -> set[int]:

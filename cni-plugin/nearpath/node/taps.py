@@ -144,10 +144,7 @@ def pause(place: Place, *, paused: bool) -> dict[int, str]:
         state.secure_dir(place.run_dir)
         state.write_file(place.taps_paused_file, b"")
     else:
-        try:
-            os.unlink(place.taps_paused_file)
-        except FileNotFoundError:
-            pass
+        state.remove_file(place.taps_paused_file)
     return attend_all(place)
 
 
