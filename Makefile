@@ -115,7 +115,7 @@ test: root setup build ## everything: linters, unit, integration, e2e tests, sto
 .PHONY: kernels
 kernels: root setup build ## integration tests on stock Debian kernels in VMs (Debian 12, as root)
 	@echo "==> kernels: $(KERNEL_ARGS)"
-	@$(BIN)/python -m pytest tests/kernels --in-kernels="$(KERNEL_ARGS)" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/kernels --in-kernels="$(KERNEL_ARGS)" --in-kernels-seconds=10800 $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: root setup build ## random socket programs on both paths, for an hour (SOAK_ARGS="--minutes 600")

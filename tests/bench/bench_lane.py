@@ -3,7 +3,8 @@
 Needs root. Makes a node of its own out of network namespaces, loads the datapath privately
 into a cgroup of its own, and leaves nothing behind; the node's own nearpath is not disturbed.
 Every run on one path is followed by one on the other (A B, B A, …), each with a connection
-of its own, both ends pinned. Rounds in which others had much of the CPU are run again; on a
+of its own, both ends pinned. Rounds in which others had much of the CPU are run again, and
+there are more of them where it is not clear yet whether a target is reached (--patience); on a
 machine that is not quiet `nice -n -20` helps too. Columns:
 
     kernel, nearpath   medians of the runs
@@ -16,7 +17,7 @@ machine that is not quiet `nice -n -20` helps too. Columns:
 Paths: light and heavy, see lab.py. Load: load.c, and qperf where the time allows (it runs
 for whole seconds and leaves Nagle's algorithm on).
 
-    bench_lane.py                    everything, about 12 minutes
+    bench_lane.py                    everything, 12 to 30 minutes, by how noisy the machine is
     bench_lane.py --quick            about 2 minutes
     bench_lane.py --only heavy --only cubic --only latency
     bench_lane.py --against "NAME:COMMAND ON:COMMAND OFF"
@@ -81,6 +82,14 @@ def _arguments() -> argparse.Namespace:
         metavar="WORD",
         help="light, heavy, cubic, bbr, one-cpu, two-cpus, or part of a test's name; may be "
         "repeated: of one kind any, of different kinds all",
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=4,
+        metavar="N",
+        help="up to N times as many rounds where they do not tell whether a target is reached "
+        "(default: %(default)s)",
     )
     parser.add_argument("--against", action="append", default=[], type=other, metavar="NAME:ON:OFF")
     parser.add_argument(
@@ -170,7 +179,7 @@ def _describe(point: Point) -> str:
 
 
 def _measure(
-    points: Sequence[Point], others: Sequence[Other], changes: dict[str, int]
+    points: Sequence[Point], others: Sequence[Other], changes: dict[str, int], patience: int
 ) -> tuple[list[Series], dict[str, str]]:
     """Run everything; the series, and the conditions without which they mean nothing."""
     from bench import lane
@@ -188,7 +197,7 @@ def _measure(
         _progress(points, 2 + len(others)) as progress,
     ):
         conditions |= bench.facts()
-        bench.spare = rounds // _SPARE
+        bench.spare, bench.patience = rounds // _SPARE, patience
         for path, of_path in groupby(points, lambda point: point.path):
             with bench.lab(path) as made:
                 conditions[f"{path} path"] = made.details
@@ -198,7 +207,7 @@ def _measure(
                         progress(point)
                         series.append(bench.measure(made, point))
     conditions["noise"] = (
-        f"others had much of the CPU in {bench.disturbed} of {rounds} rounds, after "
+        f"others had much of the CPU in {bench.disturbed} of {bench.rounds} rounds, after "
         f"{rounds // _SPARE - bench.spare} were run again"
     )
     conditions["taken"] = f"{(time.monotonic() - begin) / 60:.1f} min"
@@ -280,7 +289,7 @@ def main() -> int:
     if not wanted:
         raise SystemExit("bench_lane.py: --only leaves nothing")
     try:
-        series, conditions = _measure(wanted, options.against, dict(options.set))
+        series, conditions = _measure(wanted, options.against, dict(options.set), options.patience)
     except NearpathError as error:
         raise SystemExit(f"bench_lane.py: {error}") from error
     except Interrupted as stopped:

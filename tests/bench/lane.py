@@ -134,13 +134,17 @@ class Bench:
 
     Attributes:
         spare: rounds that may still be run beyond those asked for.
-        disturbed: rounds so far that count though others had much of the CPU.
+        patience: times those asked for that may be run until a verdict is sure.
+        rounds: that count so far.
+        disturbed: of these, those in which others had much of the CPU.
     """
 
     def __init__(self, place: Place, arms: Sequence[Arm], times: Times, stop: Interrupts) -> None:
         self.place = place
         self.arms = arms
         self.spare = 0
+        self.patience = 1
+        self.rounds = 0
         self.disturbed = 0
         self._times = times
         self._stop = stop
@@ -204,25 +208,52 @@ class Bench:
     def measure(self, made: Lab, point: Point) -> Series:
         """All rounds of a point.
 
-        As many rounds more as others have disturbed, while there are spare ones, but not more
-        than twice as many in all; the calmest count.
+        While they do not tell whether its target is reached twice as many, up to `patience`
+        times those asked for: small messages with Nagle's algorithm on have several speeds
+        on the kernel path itself, and a connection keeps the one that it has begun with.
         """
-        limit = _CALM_ONE if point.cpus == 1 else _CALM_TWO
         before = self._counters()
         with ExitStack() as stack:
             runs = [self._run(stack, made, arm, point) for arm in self.arms]
             rounds: list[_Round] = []
-            calm = 0
-            most = min(2 * point.rounds, point.rounds + self.spare)
-            while len(rounds) < point.rounds or (calm < point.rounds and len(rounds) < most):
-                rounds.append(self._round(made, runs, len(rounds)))
-                calm += rounds[-1].disturbed <= limit
-        self.spare -= len(rounds) - point.rounds
-        self.disturbed += max(0, point.rounds - calm)
-        series = Series(point)
+            wanted = point.rounds
+            series = self._enough(made, point, runs, rounds, wanted)
+            while series.unsure(NEARPATH) and wanted < point.rounds * self.patience:
+                wanted = min(2 * wanted, point.rounds * self.patience)
+                series = self._enough(made, point, runs, rounds, wanted)
         changes = {key: value - before.get(key, 0) for key, value in self._counters().items()}
         series.counters = {key: value for key, value in changes.items() if value}
-        for each in sorted(rounds, key=lambda each: each.disturbed)[: point.rounds]:
+        self.rounds += wanted
+        self.disturbed += max(0, wanted - sum(self._calm(point, each) for each in rounds))
+        return series
+
+    def _calm(self, point: Point, each: _Round) -> bool:
+        return each.disturbed <= (_CALM_ONE if point.cpus == 1 else _CALM_TWO)
+
+    def _enough(
+        self,
+        made: Lab,
+        point: Point,
+        runs: Sequence[Callable[[], load.Reading]],
+        rounds: list[_Round],
+        wanted: int,
+    ) -> Series:
+        """Add to the rounds until there are as many as wanted; the figures of the calmest.
+
+        As many more as others have disturbed, while there are spare ones, but not more than
+        twice as many in all.
+        """
+        extra = max(0, len(rounds) - wanted)
+        calm = sum(self._calm(point, each) for each in rounds)
+        while len(rounds) < wanted or (
+            calm < wanted and extra < self.spare and len(rounds) < 2 * wanted
+        ):
+            rounds.append(self._round(made, runs, len(rounds)))
+            calm += self._calm(point, rounds[-1])
+            extra = max(0, len(rounds) - wanted)
+        self.spare -= extra
+        series = Series(point)
+        for each in sorted(rounds, key=lambda each: each.disturbed)[:wanted]:
             for arm, (reading, wire) in zip(self.arms, each.runs, strict=True):
                 series.add(arm.name, reading.value, reading.p99, wire)
         return series

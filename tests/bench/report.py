@@ -80,9 +80,15 @@ class Ratios:
         if target is None:
             return ""
         result = MET if self.reaches(self.ratio(arm), target) else MISSED
+        return f"{result}?" if self.unsure(arm) else result
+
+    def unsure(self, arm: str) -> bool:
+        """True if there is a target and it lies within the interval."""
+        target = self.target(arm)
+        if target is None:
+            return False
         worse, better = self.interval(arm)
-        unsure = self.reaches(worse, target) != self.reaches(better, target)
-        return f"{result}?" if unsure else result
+        return self.reaches(worse, target) != self.reaches(better, target)
 
     def target_text(self, arm: str) -> str:
         """``≤ 0.92``; nothing without a target."""
@@ -223,7 +229,7 @@ def tables(series: Sequence[Series]) -> list[Table]:
 def _table(key: tuple[str, str, int], group: list[Series]) -> Table:
     path, control, cpus = key
     arms = _arms(group)
-    heads = ["test", "message", "unit", KERNEL]
+    heads = ["test", "message", "rounds", "unit", KERNEL]
     for arm in arms:
         heads += [arm, "ratio", "worst", "p99", "saved"]
         if arm == NEARPATH:
@@ -231,7 +237,8 @@ def _table(key: tuple[str, str, int], group: list[Series]) -> Table:
     rows = []
     for each in group:
         point = each.point
-        row = [point.test, size_text(point.size), UNITS[point.test], number(each.median(KERNEL))]
+        row = [point.test, size_text(point.size), str(len(each.values[KERNEL]))]
+        row += [UNITS[point.test], number(each.median(KERNEL))]
         for arm in arms:
             tail = each.p99_ratio(arm)
             row += [

@@ -17,3 +17,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="ARGUMENTS",
         help="arguments of pytest in the virtual machines (default: %(default)s)",
     )
+    group.addoption(
+        "--in-kernels-seconds",
+        type=float,
+        default=1200,
+        metavar="SECONDS",
+        help="how long a virtual machine may run (default: %(default)s)",
+    )

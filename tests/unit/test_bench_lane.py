@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bench import lab, load, plan, report
 from bench.bench_lane import chosen
-from bench.lane import Other
+from bench.lane import Arm, Bench, Other, Times, _Round
 from bench.report import KERNEL, NEARPATH, Series
 from nearpath.errors import NearpathError
+from nearpath.node.interrupt import Interrupts
+from nearpath.place import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def point(
@@ -120,12 +126,12 @@ def test_tables() -> None:
     assert first.title == "heavy path, cubic, both ends on one CPU"
     assert second.title == "light path, cubic, each end on a CPU of its own"
     assert first.rows[0] == (
-        *("latency", "64 B", "µs", "10.0", "4.90", "0.49", "0.51", "", "0%", "≤ 0.50", "met?"),
+        *("latency", "64 B", "3", "µs", "10.0", "4.90", "0.49", "0.51", "", "0%", "≤ 0.50", "met?"),
     )
-    assert first.rows[1][3:6] == ("12,345", "12,345", "1.00")
+    assert first.rows[1][4:7] == ("12,345", "12,345", "1.00")
     lines = first.markdown().splitlines()
     assert len({line.count("|") for line in lines[2:]}) == 1
-    assert lines[2].startswith("| test | message | unit | kernel | nearpath | ratio |")
+    assert lines[2].startswith("| test | message | rounds | unit | kernel | nearpath | ratio |")
 
 
 def test_the_summary_names_the_worst() -> None:
@@ -137,6 +143,56 @@ def test_the_summary_names_the_worst() -> None:
     assert report.summary(made).rows == [
         ("stream", "≥ 0.95", "1 of 2", "0", "0.95", "0.90", "heavy, cubic, 1 CPU, 1 B")
     ]
+
+
+# -- how many rounds -------------------------------------------------------------------------
+
+
+class _Scripted(Bench):
+    """A bench whose rounds are given: of each the ratio, and what others had of the CPU."""
+
+    def __init__(self, rounds: list[tuple[float, float]], patience: int, spare: int = 0) -> None:
+        arms = [Arm(name, "", number) for number, name in enumerate((KERNEL, NEARPATH))]
+        super().__init__(Place("/nowhere"), arms, Times(), Interrupts())
+        self.patience, self.spare = patience, spare
+        self._script = iter(rounds)
+
+    def _counters(self) -> dict[str, int]:
+        return {}
+
+    def _run(self, *_: object) -> Callable[[], load.Reading]:
+        return lambda: load.Reading(0, 0, 1)
+
+    def _round(self, *_: object) -> _Round:
+        ratio, disturbed = next(self._script)
+        readings = [load.Reading(value, 0, 1, disturbed) for value in (10, 10 * ratio)]
+        return _Round([(reading, 1.0) for reading in readings])
+
+
+def measured(bench: Bench) -> list[float]:
+    made = lab.Lab(lab.HEAVY, {}, "", "", (0, 0), "")
+    return bench.measure(made, point(plan.STREAM)).values[NEARPATH]
+
+
+def test_sure_rounds_are_enough() -> None:
+    bench = _Scripted([(1.0, 0)] * 3, patience=4)
+    assert (len(measured(bench)), bench.rounds, bench.disturbed) == (3, 3, 0)
+
+
+def test_unsure_rounds_are_doubled_as_far_as_patience_goes() -> None:
+    assert len(measured(_Scripted([(0.9, 0), *[(1.0, 0)] * 11], patience=8))) == 12
+    assert len(measured(_Scripted([(0.9, 0), (1.1, 0)] * 6, patience=4))) == 12
+    assert len(measured(_Scripted([(0.9, 0), (1.1, 0)] * 6, patience=1))) == 3
+
+
+def test_disturbed_rounds_are_run_again_while_there_are_spare_ones() -> None:
+    noisy = [(0.5, 0.9), (0.5, 0.9), (1.0, 0), (1.0, 0), (1.0, 0)]
+    bench = _Scripted(noisy, patience=1, spare=2)
+    assert measured(bench) == [10, 10, 10]
+    assert (bench.spare, bench.disturbed) == (0, 0)
+    bench = _Scripted(noisy, patience=1, spare=1)
+    assert sorted(measured(bench)) == [5, 10, 10]
+    assert (bench.spare, bench.disturbed) == (0, 1)
 
 
 # -- what is measured ------------------------------------------------------------------------
