@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
 import os
 import sys
 import time
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
     from bench.lane import Other
     from bench.plan import Point
-    from bench.report import Series, Table
+    from bench.report import Series
 
 
 def _arguments() -> argparse.Namespace:
@@ -216,41 +215,23 @@ def _measure(
 
 def _conditions(times: Any) -> dict[str, str]:
     from bench.lane import cpus
+    from bench.present import machine
     from nearpath import VERSION
     from nearpath.datapath.bundle import object_path
     from nearpath.place import LAYOUT
 
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
     built = dt.datetime.fromtimestamp(os.stat(object_path("socket_lane")).st_mtime, dt.UTC)
     first, last = cpus(min(2, len(os.sched_getaffinity(0))))
     return {
         "nearpath": f"{VERSION}, layout {LAYOUT}, programs of {built:%Y-%m-%d %H:%M} UTC",
         "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
         "kernel": os.uname().release,
-        "machine": f"{os.cpu_count()} CPUs, {model}",
+        "machine": machine(),
         "pinning": f"one CPU: both ends on {last}; two: client on {first}, server on {last}",
         "runs": f"{times.measure_ms} ms after {times.warm_ms} ms of warming up (qperf: 1 s), "
         "interleaved, a new connection each",
         "load": "plain read(2) and write(2) of one message, one connection at a time",
     }
-
-
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    from bench.report import MET, MISSED
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    shown = RichTable(title=table.title, title_justify="left")
-    for index, head in enumerate(table.heads):
-        shown.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in table.rows:
-        verdict = next((cell for cell in row if cell.startswith((MET, MISSED))), "")
-        style = "red" if verdict == MISSED else ""
-        shown.add_row(*row, style=style)
-    console.print(shown)
 
 
 def _markdown(series: Sequence[Series], conditions: dict[str, str]) -> str:
@@ -278,6 +259,7 @@ def _markdown(series: Sequence[Series], conditions: dict[str, str]) -> str:
 def main() -> int:
     """Measure and print."""
     from bench.plan import points
+    from bench.present import present
     from bench.report import summary, tables
     from nearpath.errors import NearpathError
     from nearpath.node.interrupt import Interrupted
@@ -296,15 +278,8 @@ def main() -> int:
         return 128 + stopped.signal
     if options.markdown:
         options.markdown.write_text(_markdown(series, conditions), encoding="utf-8")
-    if options.json:
-        report = {"conditions": conditions, "series": [each.as_json() for each in series]}
-        print(json.dumps(report, indent=1))
-        return 0
-    for key, value in conditions.items():
-        print(f"{key}: {value}")
-    for table in (*tables(series), summary(series)):
-        print()
-        _print_table(table)
+    found = (*tables(series), summary(series))
+    present(conditions, series, found, as_json=options.json)
     return 0
 
 

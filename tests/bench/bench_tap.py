@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
 import os
 import sys
 import time
@@ -46,7 +45,6 @@ _SPARE = 4
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from bench.report import Table
     from bench.tap_lab import Times
     from bench.tap_plan import Point
     from bench.tap_report import TapSeries
@@ -143,37 +141,24 @@ def _measure(points: Sequence[Point]) -> tuple[list[TapSeries], dict[str, str]]:
 
 def _conditions(times: Times) -> dict[str, str]:
     from bench.lane import cpus
+    from bench.present import machine
     from nearpath import VERSION
 
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
     (cpu, _) = cpus(1)
     return {
         "nearpath": VERSION,
         "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
         "kernel": os.uname().release,
-        "machine": f"{os.cpu_count()} CPUs, {model}",
+        "machine": machine(),
         "pinning": f"client and guest on CPU {cpu}, real-time priority",
         "path": "pod, veth, bridge without netfilter, veth, pod NIC, k6t bridge, tap; MTU 1,500",
         "runs": f"{times.measure_ms} ms after {times.warm_ms} ms of warming up, interleaved",
     }
 
 
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    shown = RichTable(title=table.title, title_justify="left")
-    for index, head in enumerate(table.heads):
-        shown.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in table.rows:
-        shown.add_row(*row)
-    console.print(shown)
-
-
 def main() -> int:
     """Measure and print."""
+    from bench.present import present
     from bench.tap_plan import points
     from bench.tap_report import summary, tables
     from nearpath.errors import NearpathError
@@ -200,15 +185,8 @@ def main() -> int:
         from bench.tap_picture import svg
 
         options.picture.write_text(svg(series, conditions), encoding="utf-8")
-    if options.json:
-        report = {"conditions": conditions, "series": [each.as_json() for each in series]}
-        print(json.dumps(report, indent=1))
-        return 0
-    for key, value in conditions.items():
-        print(f"{key}: {value}")
-    for table in (*tables(series), summary(series)):
-        print()
-        _print_table(table)
+    found = (*tables(series), summary(series))
+    present(conditions, series, found, as_json=options.json)
     return 0
 
 

@@ -24,22 +24,12 @@
  * for whole seconds only.
  */
 #define _GNU_SOURCE
+#include "common.h"
+
 #include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <netinet/tcp.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdarg.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
 
 #define REQUEST 128
 #define RESPONSE 1024
@@ -56,57 +46,21 @@ struct job {
 	const char *address;
 	size_t size;
 	int nodelay;
-	int64_t warm_ns;
-	int64_t measure_ns;
+	struct span span;
 };
 
 static char buffer[LARGEST];
 
-static _Noreturn void fail(const char *format, ...)
-{
-	int error = errno;
-	va_list arguments;
-
-	fprintf(stderr, "load: ");
-	va_start(arguments, format);
-	vfprintf(stderr, format, arguments);
-	va_end(arguments);
-	fprintf(stderr, ": %s\n", strerror(error));
-	exit(1);
-}
-
-static int64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000000000ll + now.tv_nsec;
-}
-
-/* ---- where to run ---------------------------------------------------------------- */
-
-static void go_to(const char *netns, const char *cgroup, int cpu)
+static void join_cgroup(const char *cgroup)
 {
 	char path[4096];
-	cpu_set_t cpus;
 	int descriptor;
 
-	/* The bench keeps the namespaces alive, and must not be outlived. */
-	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
-		fail("prctl");
 	snprintf(path, sizeof(path), "%s/cgroup.procs", cgroup);
 	descriptor = open(path, O_WRONLY | O_CLOEXEC);
 	if (descriptor < 0 || write(descriptor, "0", 1) != 1)
 		fail("cannot enter cgroup %s", cgroup);
 	close(descriptor);
-	descriptor = open(netns, O_RDONLY | O_CLOEXEC);
-	if (descriptor < 0 || setns(descriptor, CLONE_NEWNET))
-		fail("cannot enter network namespace %s", netns);
-	close(descriptor);
-	CPU_ZERO(&cpus);
-	CPU_SET(cpu, &cpus);
-	if (sched_setaffinity(0, sizeof(cpus), &cpus))
-		fail("cannot run on CPU %d", cpu);
 }
 
 /* ---- whole messages -------------------------------------------------------------- */
@@ -182,10 +136,10 @@ static void measure_stream(int sock, const struct job *job)
 		now = now_ns();
 		if (!start) {
 			start = now;
-		} else if (!begin && now - start >= job->warm_ns) {
+		} else if (!begin && now - start >= job->span.warm) {
 			begin = now;
 			bytes = 0;
-		} else if (begin && now - begin >= job->measure_ns) {
+		} else if (begin && now - begin >= job->span.measure) {
 			break;
 		}
 	}
@@ -240,9 +194,19 @@ static int connected(const struct job *job)
 	return sock;
 }
 
-/* One turn of what is measured; sock is the connection of test lat. */
-static void turn(int sock, const struct job *job)
+/* What a client has: of test lat a connection. */
+struct client {
+	const struct job *job;
+	int sock;
+};
+
+/* One turn of what is measured. */
+static void turn(const void *context)
 {
+	const struct client *client = context;
+	const struct job *job = client->job;
+	int sock = client->sock;
+
 	if (!strcmp(job->test, "lat")) {
 		if (!write_all(sock, job->size) || !read_all(sock, job->size))
 			fail("the server has gone");
@@ -257,56 +221,22 @@ static void turn(int sock, const struct job *job)
 	close(sock);
 }
 
-static int compare(const void *left, const void *right)
-{
-	uint32_t a = *(const uint32_t *)left, b = *(const uint32_t *)right;
-
-	return (a > b) - (a < b);
-}
-
-static void measure_turns(int sock, const struct job *job)
-{
-	/* No turn takes less than a microsecond. */
-	size_t most = job->measure_ns / 1000 + 1, turns = 0;
-	uint32_t *times = malloc(most * sizeof(*times));
-	int64_t start = now_ns(), begin, before, after;
-
-	if (!times)
-		fail("malloc");
-	memset(times, 0, most * sizeof(*times)); /* no page faults later */
-	while (now_ns() - start < job->warm_ns)
-		turn(sock, job);
-	begin = now_ns();
-	for (after = begin; after - begin < job->measure_ns && turns < most; turns++) {
-		before = after;
-		turn(sock, job);
-		after = now_ns();
-		times[turns] = after - before < UINT32_MAX ? after - before : UINT32_MAX;
-	}
-	qsort(times, turns, sizeof(*times), compare);
-	printf("{\"count\": %zu, \"seconds\": %.9f, \"p50_us\": %.3f, \"p99_us\": %.3f, "
-	       "\"max_us\": %.3f}\n",
-	       turns, (after - begin) / 1e9, times[turns / 2] / 1e3, times[turns * 99 / 100] / 1e3,
-	       times[turns - 1] / 1e3);
-	free(times);
-}
-
 static void ask(const struct job *job)
 {
 	bool stream = !strcmp(job->test, "stream");
 	bool one = stream || !strcmp(job->test, "lat");
-	int sock = one ? connected(job) : -1;
+	struct client client = { job, one ? connected(job) : -1 };
 
 	alarm(PATIENCE_S);
 	if (stream) {
 		/* Until the server has measured and goes away. */
-		while (write_all(sock, job->size))
+		while (write_all(client.sock, job->size))
 			;
 	} else {
-		measure_turns(sock, job);
+		measure_turns(turn, &client, job->span, 1);
 	}
 	if (one)
-		close(sock);
+		close(client.sock);
 }
 
 int main(int argc, char **argv)
@@ -317,7 +247,8 @@ int main(int argc, char **argv)
 		fprintf(stderr, "load: see the top of load.c\n");
 		return 2;
 	}
-	go_to(argv[1], argv[2], atoi(argv[3]));
+	join_cgroup(argv[2]);
+	go_to(argv[1], atoi(argv[3]));
 	if (!strcmp(argv[4], "exec")) {
 		execvp(argv[5], argv + 5);
 		fail("cannot run %s", argv[5]);
@@ -332,8 +263,7 @@ int main(int argc, char **argv)
 		.address = argv[7],
 		.size = atol(argv[8]),
 		.nodelay = atoi(argv[9]),
-		.warm_ns = atoll(argv[10]) * 1000000,
-		.measure_ns = atoll(argv[11]) * 1000000,
+		.span = { atoll(argv[10]) * 1000000, atoll(argv[11]) * 1000000 },
 	};
 	if (job.size < 1 || job.size > LARGEST) {
 		fprintf(stderr, "load: size %zu is not from 1 to %d\n", job.size, LARGEST);

@@ -97,7 +97,8 @@ def compiled(source: Path, program: Path) -> None:
     Raises:
         NearpathError: no compiler, or it failed.
     """
-    if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
+    changed = max(path.stat().st_mtime for path in (source, source.with_name("common.h")))
+    if program.exists() and program.stat().st_mtime > changed:
         return
     compiler = shutil.which("cc") or shutil.which("clang")
     if compiler is None:

@@ -26,30 +26,20 @@
  * go in fragments, whose checksum the sender computes, and are put together.
  */
 #define _GNU_SOURCE
+#include "common.h"
+
 #include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <linux/if_ether.h>
 #include <linux/if_tun.h>
 #include <linux/virtio_net.h>
 #include <net/if.h>
 #include <netinet/ip.h>
 #include <netinet/udp.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
 #define MTU 1500
 /* Of a fragment: a multiple of eight. */
@@ -100,8 +90,7 @@ struct job {
 	size_t size;
 	unsigned int window;
 	bool gso;
-	int64_t warm_ns;
-	int64_t measure_ns;
+	struct span span;
 };
 
 struct guest {
@@ -116,45 +105,11 @@ struct guest {
 	size_t have;		 /* bytes of it */
 };
 
-static _Noreturn void fail(const char *format, ...)
-{
-	int error = errno;
-	va_list arguments;
-
-	fprintf(stderr, "tap: ");
-	va_start(arguments, format);
-	vfprintf(stderr, format, arguments);
-	va_end(arguments);
-	fprintf(stderr, ": %s\n", strerror(error));
-	exit(1);
-}
-
-static int64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000000000ll + now.tv_nsec;
-}
-
-static void go_to(const char *netns, int cpu)
+/* So that whoever waits is switched to at once, and nobody else in between. */
+static void be_real_time(void)
 {
 	struct sched_param real_time = { .sched_priority = 1 };
-	cpu_set_t cpus;
-	int descriptor;
 
-	/* The bench keeps the namespaces alive, and must not be outlived. */
-	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
-		fail("prctl");
-	descriptor = open(netns, O_RDONLY | O_CLOEXEC);
-	if (descriptor < 0 || setns(descriptor, CLONE_NEWNET))
-		fail("cannot enter network namespace %s", netns);
-	close(descriptor);
-	CPU_ZERO(&cpus);
-	CPU_SET(cpu, &cpus);
-	if (sched_setaffinity(0, sizeof(cpus), &cpus))
-		fail("cannot run on CPU %d", cpu);
-	/* So that whoever waits is switched to at once, and nobody else in between. */
 	if (sched_setscheduler(0, SCHED_FIFO, &real_time))
 		fail("SCHED_FIFO");
 }
@@ -450,9 +405,18 @@ static void hear_all(int sock, size_t size)
 	}
 }
 
+struct client {
+	const struct job *job;
+	int sock;
+	int other; /* asks how many bytes have come */
+};
+
 /* One turn of what is measured. */
-static void turn(int sock, int other, const struct job *job)
+static void turn(const void *context)
 {
+	const struct client *client = context;
+	const struct job *job = client->job;
+	int sock = client->sock, other = client->other;
 	struct order order = { job->window, job->size, job->gso };
 	uint64_t come;
 
@@ -478,50 +442,27 @@ static void turn(int sock, int other, const struct job *job)
 	}
 }
 
-static int compare(const void *left, const void *right)
-{
-	uint32_t a = *(const uint32_t *)left, b = *(const uint32_t *)right;
-
-	return (a > b) - (a < b);
-}
-
 static void ask(const char *address, const struct job *job)
 {
 	bool lat = !strcmp(job->test, "lat"), to_vm = !strncmp(job->test, "to_vm", 5);
-	int sock = connected(address, lat ? ECHO : to_vm ? SINK : SOURCE);
-	int other = connected(address, COUNT);
-	/* No turn takes less than a microsecond. */
-	size_t most = job->measure_ns / 1000 + 1, turns = 0;
-	uint32_t *times = malloc(most * sizeof(*times));
-	int64_t start, begin, before, after;
+	struct client client = {
+		.job = job,
+		.sock = connected(address, lat	   ? ECHO
+					   : to_vm ? SINK
+						   : SOURCE),
+		.other = connected(address, COUNT),
+	};
 	int segment = SEGMENT, one = 1;
 	uint64_t come;
 
-	if (!times)
-		fail("malloc");
-	memset(times, 0, most * sizeof(*times)); /* no page faults later */
-	if (job->gso && (setsockopt(sock, IPPROTO_UDP, UDP_SEGMENT, &segment, sizeof(segment)) ||
-			 setsockopt(sock, IPPROTO_UDP, UDP_GRO, &one, sizeof(one))))
+	if (job->gso &&
+	    (setsockopt(client.sock, IPPROTO_UDP, UDP_SEGMENT, &segment, sizeof(segment)) ||
+	     setsockopt(client.sock, IPPROTO_UDP, UDP_GRO, &one, sizeof(one))))
 		fail("UDP_SEGMENT");
 	/* The first one waits for ARP; and what an earlier run has lost is forgotten. */
-	say(other, buffer, 1);
-	hear(other, &come, sizeof(come));
-	start = now_ns();
-	while (now_ns() - start < job->warm_ns)
-		turn(sock, other, job);
-	begin = now_ns();
-	for (after = begin; after - begin < job->measure_ns && turns < most; turns++) {
-		before = after;
-		turn(sock, other, job);
-		after = now_ns();
-		times[turns] = after - before < UINT32_MAX ? after - before : UINT32_MAX;
-	}
-	qsort(times, turns, sizeof(*times), compare);
-	printf("{\"count\": %zu, \"seconds\": %.9f, \"p50_us\": %.3f, \"p99_us\": %.3f, "
-	       "\"max_us\": %.3f}\n",
-	       lat ? turns : turns * job->window * job->size, (after - begin) / 1e9,
-	       times[turns / 2] / 1e3, times[turns * 99 / 100] / 1e3, times[turns - 1] / 1e3);
-	free(times);
+	say(client.other, buffer, 1);
+	hear(client.other, &come, sizeof(come));
+	measure_turns(turn, &client, job->span, lat ? 1 : job->window * job->size);
 }
 
 int main(int argc, char **argv)
@@ -531,6 +472,7 @@ int main(int argc, char **argv)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	if (argc == 7 && !strcmp(argv[3], "guest")) {
 		go_to(argv[1], atoi(argv[2]));
+		be_real_time();
 		be_guest(argv + 4);
 	}
 	if (argc != 10 || strcmp(argv[3], "ask")) {
@@ -542,8 +484,7 @@ int main(int argc, char **argv)
 		.size = atol(argv[6]),
 		.window = atoi(argv[7]),
 		.gso = strlen(argv[4]) > 4 && !strcmp(argv[4] + strlen(argv[4]) - 4, "_gso"),
-		.warm_ns = atoll(argv[8]) * 1000000,
-		.measure_ns = atoll(argv[9]) * 1000000,
+		.span = { atoll(argv[8]) * 1000000, atoll(argv[9]) * 1000000 },
 	};
 	if (job.size < 1 || job.size > LARGEST || job.window < 1) {
 		fprintf(stderr, "tap: size %zu, window %u\n", job.size, job.window);
@@ -552,6 +493,7 @@ int main(int argc, char **argv)
 	signal(SIGALRM, give_up);
 	alarm(PATIENCE_S);
 	go_to(argv[1], atoi(argv[2]));
+	be_real_time();
 	ask(argv[5], &job);
 	return 0;
 }
