@@ -57,9 +57,10 @@ static __always_inline bool receiver_behind(struct connection *connection, __u32
 {
 	__u64 limit = BPF_CORE_READ(receiver, sk_rcvbuf);
 	__u64 messages = connection->redirected_messages[side] - connection->empty_at[side];
+	/* With the one in hand; alone it may take all of the share, as 64 KiB of 128 do. */
+	__u64 taken = unread + size + (messages ? messages + 1 : 0) * MESSAGE_BYTES;
 
-	if (s->receiver_percent &&
-	    unread + size + messages * MESSAGE_BYTES > limit * s->receiver_percent / 100)
+	if (s->receiver_percent && taken > limit * s->receiver_percent / 100)
 		return true;
 	return s->unread_messages && messages >= s->unread_messages;
 }

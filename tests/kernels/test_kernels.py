@@ -11,6 +11,7 @@ import pytest
 
 from helpers import streams
 from helpers.commands import run
+from torture import volume
 
 from . import packages, vm
 from .image import ROOT
@@ -42,6 +43,7 @@ def guests(
         pytest.skip("only Debian's package sources have these kernels")
     run(["make", "-s", "-C", str(ROOT / "bpf")], timeout=60)
     streams.build()
+    volume.build()
     command = [*_PYTEST, *shlex.split(request.config.getoption("--in-kernels"))]
     seconds = request.config.getoption("--in-kernels-seconds")
     running = {}

@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from helpers.commands import PATIENCE
 from nearpath.kernel import netns
 from torture.diag import Diag, at_rest
 from torture.worker import ACTORS
@@ -34,11 +35,11 @@ TESTS = Path(__file__).resolve().parents[1]
 Trace = list[dict[str, Any]]
 
 # Seconds that anything may take to come to rest; TCP's timers start at 0.2.
-_REST = 2.0
+_REST = 2.0 * PATIENCE
 # What does not change for so long counts as rest too: a window that stays closed, bytes that
 # wait behind it. Longer than TCP holds small segments back (cork: 200 ms).
 _STILL_BLOCKED, _STILL = 0.06, 0.26
-_FREE = 20.0  # seconds for a free-running program
+_FREE = 20.0 * PATIENCE  # seconds for a free-running program
 # System calls in which a thread sleeps that goes on by itself: futex (it waits for another
 # thread) and clock_nanosleep.
 _PASSING = {"x86_64": {"202", "230"}, "aarch64": {"98", "115"}}[os.uname().machine]
@@ -92,19 +93,20 @@ class Actor:
         return json.loads(data)
 
     def ask(self, what: str, args: object = None, timeout: float = 5.0) -> Any:
-        """Order and answer.
+        """Order and answer; waits so many seconds, times PATIENCE.
 
         Raises:
             StuckError: no answer in time.
         """
         self.order(what, what, args or {})
-        if not select.select([self.control], [], [], timeout)[0]:
+        if not select.select([self.control], [], [], timeout * PATIENCE)[0]:
             raise StuckError(f"{self.name} does not answer to {what}")
         return self.answer()
 
     def comes_back(self) -> bool:
         """True if it waits for orders, or does so soon."""
-        if self.busy and not self.dead and select.select([self.control], [], [], 0.5)[0]:
+        soon = 0.5 * PATIENCE
+        if self.busy and not self.dead and select.select([self.control], [], [], soon)[0]:
             with suppress(StuckError):
                 self.answer()
         return not self.busy and not self.dead

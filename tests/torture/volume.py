@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.commands import CommandError, run
+from helpers.commands import PATIENCE, CommandError, run
 from helpers.netns import inside
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def pour(
         *[str(program), *lanes.pods, address or "10.77.0.2", str(_PORT), str(_THREADS)],
         *[str(seconds), str(connections), str(seed)],
     ]
-    limit = seconds + 60 if seconds else 60 + connections / 500
+    limit = PATIENCE * (seconds + 60 if seconds else 60 + connections / 500)
     done = subprocess.run(
         words, capture_output=True, text=True, check=False, timeout=limit, errors="replace"
     )
