@@ -134,9 +134,12 @@ __noinline int kind_of_reader(__u64 address)
 			/* Not known, or no waiter any more: nothing can be told. */
 			return NOBODY;
 		}
-		if (events & (EPOLLET | EPOLLRDHUP))
-			return CAREFUL;
-		kind = PATIENT;
+		if (events & EPOLLET)
+			kind = kind < CAREFUL ? CAREFUL : kind;
+		else if (events & EPOLLRDHUP)
+			kind = HASTY;
+		else
+			kind = kind < PATIENT ? PATIENT : kind;
 		item = BPF_CORE_READ(item, next);
 	}
 	return kind;

@@ -83,14 +83,15 @@ struct connection {
 
 /*
  * Who reads from a socket; see seams in path.h. PATIENT: a task in recvmsg, poll, select, or
- * epoll that reports as long as there is something to read. CAREFUL: edge-triggered epoll, or
- * one that asks for the end of the stream (EPOLLRDHUP). NOBODY waits at this moment, or
- * somebody that we do not know.
+ * epoll that reports as long as there is something to read. CAREFUL: edge-triggered epoll.
+ * HASTY: epoll that is not, and asks for the end of the stream (EPOLLRDHUP). NOBODY waits at
+ * this moment, or somebody that we do not know. The higher one prevails.
  */
 enum reader_kind {
 	NOBODY,
 	PATIENT,
-	CAREFUL
+	CAREFUL,
+	HASTY
 };
 
 /* How a program reads from a class of connections; see probation in socket_lane.bpf.c. */
@@ -104,7 +105,7 @@ struct reader {
 struct reading {
 	__u32 fit;     /* connections read to their end with calls that the lane supports */
 	__u32 unfit;   /* calls that it does not */
-	__u32 careful; /* connections whose reader may take a short read for all there is */
+	__u32 careful; /* CAREFUL or HASTY if a reader of this kind was; else 0 */
 	__u32 drained; /* short reads after which it asked again and was told EAGAIN … */
 	__u32 stopped; /* … and after which it did not */
 };

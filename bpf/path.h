@@ -69,10 +69,12 @@ static __always_inline bool receiver_behind(struct connection *connection, __u32
  * Seams. A read ends where redirected bytes end, even if bytes sent by TCP lie behind them
  * (tcp_bpf_recvmsg). Patient readers come back for those. Careful ones take a short read for
  * all there is: with edge-triggered epoll they wait for an event that has been (nginx, tokio,
- * Netty) and hang, and having seen EPOLLRDHUP they close (HAProxy) and lose the rest. What is
- * to be redirected to whom cannot wait until a burst turns out to be too large for the lane,
- * so only readers that have been seen to be patient get anything by it, and those of the
- * careful that were seen (by the guards) to read on until EAGAIN (Envoy, Go).
+ * Netty) and hang. Hasty ones do so once EPOLLRDHUP has told them that the stream is at its
+ * end: they close and lose the rest (HAProxy). What is to be redirected to whom cannot wait
+ * until a burst turns out to be too large for the lane, so only readers that have been seen
+ * to be patient get anything by it, and those of the careful that were seen (by the guards) to
+ * read on until EAGAIN (Envoy, Go). Of the hasty that would prove nothing: HAProxy reads on,
+ * but for the one time when data and the end come together.
  *
  * Once patient is not for ever, for a program may hand the socket to epoll later: it is looked
  * at anew for the first messages, with each by the kernel path, and now and then.
@@ -80,26 +82,27 @@ static __always_inline bool receiver_behind(struct connection *connection, __u32
 static __always_inline enum counter reader_is_patient(struct connection *connection, __u32 side)
 {
 	__u32 reader = !side;
+	int known = connection->reader[reader];
+	bool drains = connection->drains & 1 << reader;
 	int kind;
 
-	if (connection->reader[reader] == CAREFUL)
+	if (known == HASTY || (known == CAREFUL && !drains))
 		return C_CAREFUL;
-	if (connection->reader[reader] == PATIENT &&
-	    connection->redirected_messages[side] > LOOK_AGAIN &&
+	if (known != NOBODY && connection->redirected_messages[side] > LOOK_AGAIN &&
 	    connection->redirected_messages[side] & LOOK_AGAIN &&
 	    connection->path[side] == C_REDIRECTED_MESSAGES)
 		return C_REDIRECTED_MESSAGES;
 	kind = kind_of_reader(connection->sk[reader]);
 	/* Seen through a waiter that was just going away? Careful is for ever, so look again. */
-	if (kind == CAREFUL && kind_of_reader(connection->sk[reader]) != CAREFUL)
+	if (kind > PATIENT && kind_of_reader(connection->sk[reader]) != kind)
 		kind = NOBODY;
-	if (kind == NOBODY)
-		kind = connection->reader[reader];
-	else
-		connection->reader[reader] = kind;
-	if (kind == CAREFUL)
+	/* Who was careful once, waits in recvmsg now, and may be careful again, is careful. */
+	if (kind < known)
+		kind = known;
+	connection->reader[reader] = kind;
+	if (kind == HASTY || (kind == CAREFUL && !drains))
 		return C_CAREFUL;
-	return kind == PATIENT ? C_REDIRECTED_MESSAGES : C_READER_UNKNOWN;
+	return kind != NOBODY ? C_REDIRECTED_MESSAGES : C_READER_UNKNOWN;
 }
 
 /*
@@ -119,7 +122,7 @@ static __always_inline enum counter reason_for_kernel(struct connection *connect
 		return C_REDIRECT_OFF;
 	if (connection->wants_out[side])
 		return connection->wants_out[side];
-	if (s->careful && !(connection->drains & 1 << peer)) {
+	if (s->careful) {
 		enum counter reason = reader_is_patient(connection, side);
 
 		if (reason != C_REDIRECTED_MESSAGES)

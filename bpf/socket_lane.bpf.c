@@ -159,7 +159,7 @@ static __always_inline void recall_reader(struct connection *connection, __u32 r
 		return;
 	}
 	if (known->careful)
-		connection->reader[reader] = CAREFUL;
+		connection->reader[reader] = known->careful;
 	if (known->drained >= DRAINED_OFTEN && known->drained >= known->stopped)
 		connection->drains |= 1 << reader;
 	if (s->proven && known->fit >= s->proven) {
@@ -177,7 +177,8 @@ static __always_inline void remember_reader(const struct connection *connection,
 	struct reading *known, first = {};
 	struct settings *s = settings_now();
 	__u32 writer = !reader;
-	bool careful = connection->reader[reader] == CAREFUL;
+	__u32 kind = connection->reader[reader];
+	__u32 careful = kind > PATIENT ? kind : 0;
 
 	/* Nobody seen reading, or nothing to read: nothing learnt. And unfit was noted at once. */
 	if (!s || connection->blocked[writer] || (s->careful && !connection->reader[reader]) ||
@@ -190,8 +191,8 @@ static __always_inline void remember_reader(const struct connection *connection,
 		bpf_map_update_elem(&readers, &key, &first, BPF_NOEXIST);
 		return;
 	}
-	if (careful && !known->careful)
-		known->careful = 1;
+	if (careful > known->careful)
+		known->careful = careful;
 	if (known->fit < s->proven)
 		__sync_fetch_and_add(&known->fit, 1);
 }

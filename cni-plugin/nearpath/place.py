@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Version of the layout of maps and pins: bumped when a map's key or value changes.
-LAYOUT = 3
+LAYOUT = 4
 _RUN_DIR = "/run/nearpath"
 
 

@@ -352,6 +352,30 @@ def test_uploads_that_end_with_a_half_close(production: Lane, node: Node) -> Non
     assert production.counts(node.pods[B])["redirected_messages"] > 0
 
 
+def test_downloads_that_end_with_the_connection(production: Lane, node: Node) -> None:
+    """Answers of up to 300 KB, then the end of the stream, as a server without keep-alive.
+
+    HAProxy reads small answers until EAGAIN, and a large one whose end has come only once.
+    """
+    client, server = connect(node)
+    with client, server:
+        mesh.talk(client, server, 4 * SMALL)
+    content = random.Random(2)
+    for _ in range(UPLOADS):
+        parts = [
+            content.randbytes(content.randint(1, 30_000)) for _ in range(content.randint(1, 20))
+        ]
+        client, server = connect(node)
+        with client, server:
+            mesh.talk(client, server, 1)
+            sender = threading.Thread(target=_pump, args=(server, parts), kwargs={"end": True})
+            sender.start()
+            arrived = b"".join(iter(partial(client.recv, 65_536), b""))
+            sender.join(mesh.SECONDS)
+            assert arrived == b"".join(parts)
+    assert production.counts(node.pods[A])["redirected_messages"] > 0
+
+
 # -- bulk, back-pressure, ends ----------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """No bytes sent by TCP behind unread redirected ones, for readers that would not look there.
 
 A read of a socket in a sockmap ends where the redirected bytes end. Programs that take a
-short read for all there is wait for an event that has been (edge-triggered epoll), or close
-(having seen EPOLLRDHUP). Blocking readers and level-triggered ones come back anyway.
+short read for all there is wait for an event that has been (careful: edge-triggered epoll), or
+close (hasty: having seen EPOLLRDHUP). Blocking readers and level-triggered ones come back anyway.
 """
 
 from __future__ import annotations
@@ -241,6 +241,35 @@ def test_careful_readers_that_read_on_take_the_lane(careful: Lab) -> None:
     assert careful.redirected == before + 1
 
 
+def test_hasty_readers_prove_nothing_by_reading_on(careful: Lab) -> None:
+    """Like HAProxy: until EAGAIN, but for the one read when data and the end come together."""
+    for _ in range(3):
+        client, server = careful.pair()
+        client.setblocking(True)
+        server.setblocking(False)
+        with client, server, select.epoll() as epoll:
+            epoll.register(server, LEVEL)
+            for _ in range(30):
+                client.sendall(b"question")
+                assert epoll.poll(SECONDS)
+                assert server.recv(100) == b"question"
+                with pytest.raises(BlockingIOError):
+                    server.recv(100)
+            (connection,) = tables.paired(careful.place)
+            assert connection.reader[1] == "hasty"
+        wait_until(lambda: careful.connections == 0, "the connection to be forgotten")
+    # The next of the kind is known, also before it waits.
+    client, server = careful.pair()
+    with client, server:
+        client.sendall(b"early")
+        assert server.recv(100) == b"early"
+        reader = _Careful(server, LEVEL)
+        data = _pattern(300_000)
+        _pour(client, data, 5000)
+        assert reader.end() == data
+    assert careful.redirected == 0
+
+
 @pytest.mark.parametrize("how", ["blocking", "level-triggered epoll", "poll"])
 def test_patient_readers_may_have_seams(careful: Lab, how: str) -> None:
     """They come back for the rest, so bulk for them goes on in the lane as the buffer allows."""
@@ -282,6 +311,7 @@ def test_a_reader_of_unknown_ways_counts_as_careful(careful: Lab) -> None:
     """Before accept() nobody waits: what comes then must not have a seam either."""
     with careful.right.listen() as listener:
         client = careful.left.connect("10.77.0.2")
+        wait_until(lambda: careful.reason("joined") == 2, "both to join")
         client.sendall(b"a" * 1000)
         client.sendall(b"b" * 100_000)
         assert (careful.redirected, careful.reason("reader_unknown")) == (0, 1)

@@ -70,7 +70,7 @@ _CONNECTION = struct.Struct("=16Q3Q5I2I2I2I2II2I" + 2 * "16s16s4H" + "4Q")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 _NETNS, _NETNS_AT = struct.Struct("=2Q"), 2 * 8
 _JOINED, _JOINED_AT = struct.Struct("=I"), 19 * 8
-READERS = ("", "patient", "careful")  # enum reader_kind of bpf/kernel_socket.h
+READERS = ("", "patient", "careful", "hasty")  # enum reader_kind of bpf/nearpath.h
 _AF_INET = 2
 BOTH = 0b11  # Connection.joined, Connection.leaving
 # Cookies start at 1 (net/core/net_namespace.c): 0 keeps the counts of pods that are gone.

@@ -158,7 +158,9 @@ def _names(bitset: bytes, masked: bool = False) -> frozenset[str]:
             the bits that are set (net/ethtool/bitset.c).
     """
     found = (attributes(bit) for bit in each(attributes(bitset).get(_BITS, b""), _BIT))
-    return frozenset(text(bit.get(_NAME)) for bit in found if _VALUE in bit or not masked)
+    names = {text(bit.get(_NAME)) for bit in found if _VALUE in bit or not masked}
+    # Bridges have one without a name, which ethtool(8) does not show either (6.12).
+    return frozenset(names - {""})
 
 
 def packet_socket_indexes() -> set[int]:
