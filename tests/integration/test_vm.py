@@ -391,7 +391,7 @@ def test_busy_pod_does_not_keep_the_watcher_busy(machine: Machine) -> None:
         finally:
             os.killpg(noisy.pid, signal.SIGKILL)
             noisy.wait()
-        assert share < 0.15, f"{share:.0%} of a CPU"
+        assert share < min(0.15 * PATIENCE, 0.9), f"{share:.0%} of a CPU"
 
 
 def _cpu(pid: int) -> float:
