@@ -135,6 +135,8 @@ int nearpath_received(__u64 *ctx)
 	if (!was_short || connection->reader[own->side & 1] != CAREFUL ||
 	    (sixth <= 0 && sixth != -EAGAIN))
 		return 0;
+	if (sixth < 0)
+		own->drained++;
 	key = reader_key(connection, own->side);
 	known = bpf_map_lookup_elem(&readers, &key);
 	if (!known) {
@@ -142,7 +144,8 @@ int nearpath_received(__u64 *ctx)
 		return 0;
 	}
 	__sync_fetch_and_add(sixth > 0 ? &known->stopped : &known->drained, 1);
-	if (known->drained >= DRAINED_OFTEN && known->drained >= known->stopped)
+	if (own->drained >= DRAINED_HERE && known->drained >= DRAINED_OFTEN &&
+	    known->drained >= known->stopped)
 		__sync_fetch_and_or(&connection->drains, 1 << (own->side & 1));
 	return 0;
 }

@@ -39,9 +39,11 @@ struct socket_facts {
 	struct sequences connection;
 	__u64 netns; /* cookie of the socket's network namespace */
 	__u32 side;
-	__u32 callbacks;  /* bpf_sock_ops_cb_flags of the socket before it joined */
+	__u32 callbacks; /* bpf_sock_ops_cb_flags of the socket before it joined */
+	/* Kept by the guards alone. */
+	__u32 delivered;  /* redirects to it that have arrived */
 	__u32 short_read; /* 1: its last read got less than it had asked for */
-	__u32 delivered;  /* redirects to it that have arrived; counted by the guards alone */
+	__u32 drained;	  /* short reads after which it asked again and was told EAGAIN */
 };
 
 /* One side's view of its connection; network byte order but for the ports. */
@@ -110,8 +112,12 @@ struct reading {
 	__u32 stopped; /* … and after which it did not */
 };
 
-/* Short reads followed by EAGAIN that show that readers of a kind read on. */
+/*
+ * Short reads followed by EAGAIN that show that readers read on: of a kind, and of a connection,
+ * for programs that differ may be of one kind (all that connect to the sidecar of their pod).
+ */
 #define DRAINED_OFTEN 16
+#define DRAINED_HERE 2
 
 /*
  * Switches of the rules, live. Zero switches a rule off. Defaults: datapath/settings.py.

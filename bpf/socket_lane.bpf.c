@@ -160,8 +160,6 @@ static __always_inline void recall_reader(struct connection *connection, __u32 r
 	}
 	if (known->careful)
 		connection->reader[reader] = known->careful;
-	if (known->drained >= DRAINED_OFTEN && known->drained >= known->stopped)
-		connection->drains |= 1 << reader;
 	if (s->proven && known->fit >= s->proven) {
 		if (!known->careful)
 			connection->reader[reader] = PATIENT;

@@ -233,12 +233,22 @@ def test_careful_readers_that_read_on_take_the_lane(careful: Lab) -> None:
             with pytest.raises(BlockingIOError):
                 server.recv(100)
         assert careful.redirected >= count - 20
-    before = careful.redirected
-    client, server = careful.pair()  # the next of the kind: from the start
-    with client, server:
-        client.sendall(b"question")
-        assert server.recv(100) == b"question"
-    assert careful.redirected == before + 1
+    # The next of the kind: as soon as it has read on, too, for it may be another program.
+    for reads_on in (True, False):
+        before = careful.redirected
+        client, server = careful.pair()
+        client.setblocking(True)
+        server.setblocking(False)
+        with client, server, select.epoll() as epoll:
+            epoll.register(server, EDGE)
+            for _ in range(10):
+                client.sendall(b"question")
+                assert epoll.poll(SECONDS)
+                assert server.recv(100) == b"question"
+                if reads_on:
+                    with pytest.raises(BlockingIOError):
+                        server.recv(100)
+        assert careful.redirected - before == (8 if reads_on else 0)
 
 
 def test_hasty_readers_prove_nothing_by_reading_on(careful: Lab) -> None:
