@@ -8,7 +8,7 @@
  * settings     0                         struct settings       user space         all
  * half_open    {c, s}                    struct half_open      sock_ops (server)  sock_ops (client)
  * sockets      {own, other}              socket                sock_ops           sk_msg
- * facts        socket                    struct socket_facts   sock_ops           all
+ * facts        socket                    struct socket_facts   sock_ops, guards   all
  * connections  {c, s}                    struct connection     all                all, user space
  * readers      struct reader             struct reading        sock_ops, guards   sock_ops
  * counters     netns cookie              struct counters       all                user space
