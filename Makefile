@@ -25,7 +25,7 @@ NODE_PACKAGES := containernetworking-plugins containerd:containerd runc:runc pod
 	qemu-system-x86:qemu-system-x86_64
 
 # What pytest is told in the VMs of `make kernels`, e.g. "tests/integration -k half_close".
-KERNEL_ARGS ?= tests/integration
+KERNEL_ARGS ?= tests/integration tests/torture
 
 SOURCES := $(shell find cni-plugin -name '*.py')
 PROGRAM := dist/nearpath/nearpath
@@ -113,7 +113,7 @@ test: root setup build ## everything: linters, unit, integration, e2e tests, sto
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: kernels
-kernels: root setup build ## integration tests on stock Debian kernels in VMs (Debian 12, as root)
+kernels: root setup build ## integration tests and torture on stock Debian kernels in VMs (Debian 12, as root)
 	@echo "==> kernels: $(KERNEL_ARGS)"
 	@$(BIN)/python -m pytest tests/kernels --in-kernels="$(KERNEL_ARGS)" --in-kernels-seconds=10800 $(PYTEST_ARGS)
 

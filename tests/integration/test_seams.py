@@ -217,6 +217,7 @@ def test_a_reader_that_turns_careful_is_noticed(careful: Lab) -> None:
         assert connection.reader == ("", "careful")
 
 
+@pytest.mark.smoke
 @pytest.mark.needs_fentry
 def test_careful_readers_that_read_on_take_the_lane(careful: Lab) -> None:
     """Edge-triggered, but until EAGAIN, as Envoy and Go do: seen by the guards."""
@@ -251,6 +252,7 @@ def test_careful_readers_that_read_on_take_the_lane(careful: Lab) -> None:
         assert careful.redirected - before == (8 if reads_on else 0)
 
 
+@pytest.mark.smoke
 def test_hasty_readers_prove_nothing_by_reading_on(careful: Lab) -> None:
     """Like HAProxy: until EAGAIN, but for the one read when data and the end come together."""
     for _ in range(3):
