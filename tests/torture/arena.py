@@ -49,6 +49,10 @@ _PORTS = range(20000, 25000)  # bind() takes those 5000 above
 class Lane(Protocol):
     """What the arena does to the datapath."""
 
+    @property
+    def guarded(self) -> bool:
+        """The guards are attached."""
+
     def enable(self, on: bool) -> None:
         """Let connections that begin from now on take the lane, or not."""
 
@@ -252,7 +256,9 @@ class Arena:
         sides = {"c": self._sides["c"], "s": self._sides[server]}
         if self._lane:
             self._lane.enable(accelerated)
-            self._lane.settings(program.settings)
+            # Those that the guards have something to see of, as on a node; the others at once.
+            probation = 8 if self._lane.guarded and not program.fit else 0
+            self._lane.settings({"probation": probation, **program.settings})
         orders = {"target": [family, address, port], "family": listen}
         for side in sides.values():
             if not side.whole:
@@ -443,17 +449,20 @@ class _Run:
         names += [name for name in ("c9", "s9") if self._takes[name]]
         watchers = [self.stage.actor(name) for name in names]
         watchers = [watcher for watcher in watchers if not watcher.dead and not watcher.busy]
+        # Guards would take our own asking for the program's, and the lane would not be used.
+        unread = self.lane is None or not self.lane.guarded
         for watcher in watchers:
-            watcher.order("watch", "watch", {})
+            watcher.order("watch", "watch", {"unread": unread})
         for watcher in watchers:
             if not select.select([watcher.control], [], [], 5)[0]:
                 raise StuckError(f"{watcher.name} does not answer")
             said = watcher.answer()
             if said and said[0] == "failed":
                 raise StuckError(f"{watcher.name}: {said[1]}")
-            for slot, mask, unread, state in said:
+            for slot, mask, count, state in said:
                 process = watcher.name.removesuffix("watch")
                 name = f"{process}:{slot}" if process[1:] else f"{process}{slot}"
                 seen[f"{name} events"] = mask
-                seen[f"{name} unread"] = unread
+                if count is not None:
+                    seen[f"{name} unread"] = count
                 seen[f"{name} state"] = state

@@ -83,8 +83,12 @@ class Verdict:
     limits: list[str] = field(default_factory=list)
 
 
-def differences(kernel: Trace, lane: Trace) -> list[list[Difference]]:
-    """For each step what differs, in order."""
+def differences(kernel: Trace, lane: Trace, *, guarded: bool = False) -> list[list[Difference]]:
+    """For each step what differs, in order.
+
+    Args:
+        guarded: how much there is to read was not asked in the lane.
+    """
     found = []
     for number in range(max(len(kernel), len(lane))):
         ours = kernel[number] if number < len(kernel) else {}
@@ -93,7 +97,7 @@ def differences(kernel: Trace, lane: Trace) -> list[list[Difference]]:
             [
                 Difference(number, what, ours.get(what), theirs.get(what))
                 for what in {**ours, **theirs}
-                if ours.get(what) != theirs.get(what)
+                if ours.get(what) != theirs.get(what) and not (guarded and what.endswith(" unread"))
             ]
         )
     return found
@@ -108,7 +112,7 @@ def judge(
         guarded: the guards were at work in the lane.
     """
     verdict = Verdict()
-    for step in differences(kernel, lane):
+    for step in differences(kernel, lane, guarded=guarded):
         unexplained, over = [], False
         for difference in step:
             case = Case(program, kernel, lane, difference, guarded)

@@ -48,7 +48,7 @@ class Datapath:
 
         Time plays no part unless a program says so, and the lane is taken at once.
         """
-        quiet = {"revalidate_ms": 0, "probation": 8 if self.guarded else 0}
+        quiet = {"revalidate_ms": 0, "probation": 0}
         settings.write(self.place, **{**settings.DEFAULTS, **quiet, **values})
 
     def change(self, values: Mapping[str, int]) -> None:

@@ -81,6 +81,14 @@ class Program:
             for step in self.steps
         )
 
+    @property
+    def fit(self) -> bool:
+        """It makes no call for which the guards keep the lane from a reader."""
+        unfit = {"splice_out", "recv_discard", "fionread"}
+        return not self.flags() & {"WAITALL", "TRUNC", "OOB"} and not any(
+            step.do in unfit for step in self.steps
+        )
+
     def flags(self) -> set[str]:
         """All MSG_ flags that any step uses."""
         return {flag for step in self.steps for flag in step.args.get("flags", ())}

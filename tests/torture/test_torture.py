@@ -11,6 +11,7 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from helpers.commands import PATIENCE
 from torture import free, volume
 from torture.__main__ import programs
 from torture.compare import differences
@@ -39,7 +40,8 @@ def _campaign(pods: Pods, first: int, count: int, seconds: float) -> Torturer:
     assert not report.stuck
     # A few programs race with themselves; many would mean that nothing is compared.
     assert len(report.flaky) <= 1 + report.programs // 20
-    assert lanes.counts()["redirected_messages"] > before
+    # With guards too: a tenth of the programs at least have much to do with the lane.
+    assert lanes.counts()["redirected_messages"] - before > report.programs
     return torturer
 
 
@@ -63,7 +65,7 @@ def test_a_lane_that_changes_the_order_is_found_and_shrunk(pods: Pods) -> None:
     """The rule that keeps the order of bytes is switched off: the torture must notice."""
     runner, lanes = pods
     only = ["switching", "look", "threads"]
-    broken = {"drained": 0, "careful": 0, "probation": 1}
+    broken = {"drained": 0, "careful": 0, "probation": 1, "guards": 0}
     torturer = Torturer(runner, guarded=lanes.guarded, shrink_seconds=20)
     found = None
     for seed in range(200):
@@ -139,8 +141,8 @@ def test_volume_sees_a_lane_that_changes_the_order(pods: Pods) -> None:
     _, lanes = pods
     lanes.enable(on=True)
     # Streams change paths all the time, and nobody minds the order.
-    lanes.settings({"drained": 0, "careful": 0, "receiver_percent": 1})
-    outcome = volume.pour(lanes, seconds=3)
+    lanes.settings({"drained": 0, "careful": 0, "receiver_percent": 1, "guards": 0})
+    outcome = volume.pour(lanes, seconds=3 * PATIENCE)
     lanes.settings({})
     assert outcome.differences > 0
     assert "seed " in outcome.wrong

@@ -38,13 +38,13 @@ def _say(control: socket.socket, answer: object) -> None:
     control.send(json.dumps(answer).encode())
 
 
-def _watched(opened: socket.socket) -> tuple[str, int, str]:
+def _watched(opened: socket.socket, unread: bool) -> tuple[str, int | None, str]:
     poller = select.poll()
     poller.register(opened, _ALL_EVENTS)
     events = poller.poll(0)
     mask = mask_names(events[0][1]) if events else "0"
     info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    return mask, query(opened, termios.FIONREAD), STATES[info[0]]
+    return mask, query(opened, termios.FIONREAD) if unread else None, STATES[info[0]]
 
 
 class Service:
@@ -92,12 +92,15 @@ class Service:
         """What each script has done so far."""
         return sorted(self._table.progress.items())
 
-    def watch(self, _: dict[str, Any]) -> list[Any]:
-        """What can be seen of each socket without changing anything: events, bytes, state."""
+    def watch(self, args: dict[str, Any]) -> list[Any]:
+        """What can be seen of each socket without changing anything: events, bytes, state.
+
+        Bytes only if args["unread"]; else they are null.
+        """
         seen = []
         for slot, opened in sorted(self._table.slots.items()):
             try:
-                seen.append([slot, *_watched(opened)])
+                seen.append([slot, *_watched(opened, args["unread"])])
             except OSError as error:
                 seen.append([slot, "?", error.errno, "?"])
         return seen
