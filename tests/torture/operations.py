@@ -213,8 +213,9 @@ class Table:
     def file(self, args: Args) -> tuple[int, int]:
         """A file with the pattern, and the offset of what is sent next."""
         if self._file < 0:
-            self._file = os.memfd_create("pattern")
-            os.write(self._file, self._out)
+            made = os.memfd_create("pattern")
+            os.write(made, self._out)
+            self._file = made  # last, for another thread may be here too
         return self._file, self.stream(args).sent % _PERIOD
 
     def place(self, args: Args, data: bytes, *, keep: bool = False) -> str:
