@@ -11,6 +11,8 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
+
 from helpers.commands import PATIENCE
 from torture import free, volume
 from torture.__main__ import programs
@@ -45,6 +47,7 @@ def _campaign(pods: Pods, first: int, count: int, seconds: float) -> Torturer:
     return torturer
 
 
+@pytest.mark.timeout(180 * PATIENCE)
 def test_known_seeds(pods: Pods) -> None:
     """The same programs every time, so that a change is to blame; `make soak` tries others."""
     assert _campaign(pods, 0, _FIXED, 0).report.programs == _FIXED
