@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -212,48 +213,30 @@ class Bench:
         times those asked for: small messages with Nagle's algorithm on have several speeds
         on the kernel path itself, and a connection keeps the one that it has begun with.
         """
+        limit = _CALM_ONE if point.cpus == 1 else _CALM_TWO
         before = self._counters()
         with ExitStack() as stack:
             runs = [self._run(stack, made, arm, point) for arm in self.arms]
             rounds: list[_Round] = []
             wanted = point.rounds
-            series = self._enough(made, point, runs, rounds, wanted)
-            while series.unsure(NEARPATH) and wanted < point.rounds * self.patience:
+            while True:
+                calmest = load.gather(
+                    rounds, partial(self._round, made, runs), limit, wanted, self.spare
+                )
+                self.spare -= len(rounds) - len(calmest)
+                series = self._series(point, calmest)
+                if not series.unsure(NEARPATH) or wanted >= point.rounds * self.patience:
+                    break
                 wanted = min(2 * wanted, point.rounds * self.patience)
-                series = self._enough(made, point, runs, rounds, wanted)
         changes = {key: value - before.get(key, 0) for key, value in self._counters().items()}
         series.counters = {key: value for key, value in changes.items() if value}
         self.rounds += wanted
-        self.disturbed += max(0, wanted - sum(self._calm(point, each) for each in rounds))
+        self.disturbed += max(0, wanted - load.calm(rounds, limit))
         return series
 
-    def _calm(self, point: Point, each: _Round) -> bool:
-        return each.disturbed <= (_CALM_ONE if point.cpus == 1 else _CALM_TWO)
-
-    def _enough(
-        self,
-        made: Lab,
-        point: Point,
-        runs: Sequence[Callable[[], load.Reading]],
-        rounds: list[_Round],
-        wanted: int,
-    ) -> Series:
-        """Add to the rounds until there are as many as wanted; the figures of the calmest.
-
-        As many more as others have disturbed, while there are spare ones, but not more than
-        twice as many in all.
-        """
-        extra = max(0, len(rounds) - wanted)
-        calm = sum(self._calm(point, each) for each in rounds)
-        while len(rounds) < wanted or (
-            calm < wanted and extra < self.spare and len(rounds) < 2 * wanted
-        ):
-            rounds.append(self._round(made, runs, len(rounds)))
-            calm += self._calm(point, rounds[-1])
-            extra = max(0, len(rounds) - wanted)
-        self.spare -= extra
+    def _series(self, point: Point, rounds: Sequence[_Round]) -> Series:
         series = Series(point)
-        for each in sorted(rounds, key=lambda each: each.disturbed)[:wanted]:
+        for each in rounds:
             for arm, (reading, wire) in zip(self.arms, each.runs, strict=True):
                 series.add(arm.name, reading.value, reading.p99, wire)
         return series

@@ -12,13 +12,13 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nearpath.errors import NearpathError
 from nearpath.node import demo_qperf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "build/bench/load"
@@ -123,6 +123,40 @@ def interpret(job: Job, printed: dict[str, Any]) -> Reading:
         # One way, as qperf has it.
         return Reading(seconds / count / 2 * 1e6, p99, 2 * count * job.size)
     return Reading(count / seconds, p99, count)
+
+
+class Round(Protocol):
+    """One run of each arm."""
+
+    @property
+    def disturbed(self) -> float:
+        """Of the run that was disturbed most; see Reading."""
+
+
+_R = TypeVar("_R", bound=Round)
+
+
+def calm(rounds: Iterable[Round], limit: float) -> int:
+    """How many were not disturbed more than that."""
+    return sum(each.disturbed <= limit for each in rounds)
+
+
+def gather(
+    rounds: list[_R], run: Callable[[int], _R], limit: float, wanted: int, spare: int
+) -> list[_R]:
+    """Add to the rounds until there are as many as wanted; the calmest.
+
+    As many more as others have disturbed, while there are spare ones, but not more than twice
+    as many in all.
+
+    Args:
+        run: one round; told its number, from 0.
+        limit: what others may have of the CPU in a calm one.
+    """
+    most = min(2 * wanted, wanted + spare)
+    while len(rounds) < wanted or (calm(rounds, limit) < wanted and len(rounds) < most):
+        rounds.append(run(len(rounds)))
+    return sorted(rounds, key=lambda each: each.disturbed)[:wanted]
 
 
 class Server:

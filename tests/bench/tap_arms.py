@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from bench import tap_lab
+from bench import load, tap_lab
 from bench.lane import cpus
 from bench.tap_plan import ARMS, BRIDGE, JOBS, LATENCY, Arm, Point
 from bench.tap_report import TapSeries
@@ -77,22 +78,14 @@ class Bench:
                 )
 
     def measure(self, point: Point) -> TapSeries:
-        """All rounds of a point.
-
-        As many rounds more as others have disturbed, while there are spare ones, but not more
-        than twice as many in all; the calmest count.
-        """
+        """All rounds of a point; see load.gather()."""
         self._lab.set_netfilter(point.netfilter)
         rounds: list[_Round] = []
-        calm = 0
-        most = min(2 * point.rounds, point.rounds + self.spare)
-        while len(rounds) < point.rounds or (calm < point.rounds and len(rounds) < most):
-            rounds.append(self._round(point, len(rounds)))
-            calm += rounds[-1].disturbed <= _CALM
+        calmest = load.gather(rounds, partial(self._round, point), _CALM, point.rounds, self.spare)
         self.spare -= len(rounds) - point.rounds
-        self.disturbed += max(0, point.rounds - calm)
+        self.disturbed += max(0, point.rounds - load.calm(rounds, _CALM))
         series = TapSeries(point)
-        for each in sorted(rounds, key=lambda each: each.disturbed)[: point.rounds]:
+        for each in calmest:
             for arm in point.arms:
                 series.add(arm, each.runs[arm].value, each.runs[arm].p99)
         return series
