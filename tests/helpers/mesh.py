@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,6 +137,28 @@ def talk(client: socket.socket, server: socket.socket, messages: int, size: int 
         assert read(server, size) == question
         server.sendall(answer)
         assert read(client, size) == answer
+
+
+def bursts(content: random.Random) -> list[bytes]:
+    """Up to 20 writes of up to 30,000 bytes."""
+    return [content.randbytes(content.randint(1, 30_000)) for _ in range(content.randint(1, 20))]
+
+
+def pump(source: socket.socket, parts: list[bytes], *, end: bool = False) -> None:
+    """Write them, and then the end of the stream if asked."""
+    for part in parts:
+        source.sendall(part)
+    if end:
+        source.shutdown(socket.SHUT_WR)
+
+
+def read_to_the_end(source: socket.socket, sink: socket.socket, parts: list[bytes]) -> bytes:
+    """What one end reads while the other writes these and ends its stream."""
+    sender = threading.Thread(target=pump, args=(source, parts), kwargs={"end": True})
+    sender.start()
+    arrived = b"".join(iter(partial(sink.recv, 65_536), b""))
+    sender.join(SECONDS)
+    return arrived
 
 
 @contextmanager

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import random
 import socket
-import threading
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -145,24 +143,12 @@ def test_uploads_that_end_with_a_half_close(place: Place, proxy: str) -> None:
                 mesh.talk(client, server, 30)
         before = sum(lane.counts(pod)["redirected_bytes"] for pod in node.pods)
         for _ in range(UPLOADS):
-            parts = [
-                content.randbytes(content.randint(1, 30_000)) for _ in range(content.randint(1, 20))
-            ]
+            parts = mesh.bursts(content)
             client, server = connect(node)
             with client, server:
-                sender = threading.Thread(target=_pump, args=(client, parts))
-                sender.start()
-                arrived = b"".join(iter(partial(server.recv, 65_536), b""))
-                sender.join(mesh.SECONDS)
-                assert arrived == b"".join(parts)
+                assert mesh.read_to_the_end(client, server, parts) == b"".join(parts)
                 server.sendall(b"thanks")
                 server.shutdown(socket.SHUT_WR)
                 assert mesh.read(client, 10) == b"thanks"
         after = sum(lane.counts(pod)["redirected_bytes"] for pod in node.pods)
         assert after - before > UPLOADS * 1000
-
-
-def _pump(source: socket.socket, parts: list[bytes]) -> None:
-    for part in parts:
-        source.sendall(part)
-    source.shutdown(socket.SHUT_WR)

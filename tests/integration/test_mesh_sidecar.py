@@ -336,16 +336,10 @@ def test_uploads_that_end_with_a_half_close(production: Lane, node: Node) -> Non
             mesh.talk(client, server, 30)
     content = random.Random(1)
     for _ in range(UPLOADS):
-        parts = [
-            content.randbytes(content.randint(1, 30_000)) for _ in range(content.randint(1, 20))
-        ]
+        parts = mesh.bursts(content)
         client, server = connect(node)
         with client, server:
-            sender = threading.Thread(target=_pump, args=(client, parts), kwargs={"end": True})
-            sender.start()
-            arrived = b"".join(iter(partial(server.recv, 65_536), b""))
-            sender.join(mesh.SECONDS)
-            assert arrived == b"".join(parts)
+            assert mesh.read_to_the_end(client, server, parts) == b"".join(parts)
             server.sendall(b"thanks")
             server.shutdown(socket.SHUT_WR)
             assert mesh.read(client, 10) == b"thanks"
@@ -362,17 +356,11 @@ def test_downloads_that_end_with_the_connection(production: Lane, node: Node) ->
         mesh.talk(client, server, 4 * SMALL)
     content = random.Random(2)
     for _ in range(UPLOADS):
-        parts = [
-            content.randbytes(content.randint(1, 30_000)) for _ in range(content.randint(1, 20))
-        ]
+        parts = mesh.bursts(content)
         client, server = connect(node)
         with client, server:
             mesh.talk(client, server, 1)
-            sender = threading.Thread(target=_pump, args=(server, parts), kwargs={"end": True})
-            sender.start()
-            arrived = b"".join(iter(partial(client.recv, 65_536), b""))
-            sender.join(mesh.SECONDS)
-            assert arrived == b"".join(parts)
+            assert mesh.read_to_the_end(server, client, parts) == b"".join(parts)
     assert production.counts(node.pods[A])["redirected_messages"] > 0
 
 
@@ -417,13 +405,6 @@ def _parts(seed: int) -> list[bytes]:
     return [content.randbytes(content.randint(1, 30_000)) for _ in range(400)]
 
 
-def _pump(source: socket.socket, parts: list[bytes], *, end: bool = False) -> None:
-    for part in parts:
-        source.sendall(part)
-    if end:
-        source.shutdown(socket.SHUT_WR)
-
-
 def _drain(sink: socket.socket, size: int, got: list[str]) -> None:
     got.append(hashlib.sha256(mesh.read(sink, size)).hexdigest())
 
@@ -443,7 +424,10 @@ def test_bulk_both_ways_at_once(chain: Lane, node: Node, *, enabled: bool) -> No
         parts = [_parts(1), _parts(2)]
         got: list[list[str]] = [[], []]
         threads = [
-            *(threading.Thread(target=_pump, args=(ends[side], parts[side])) for side in (A, B)),
+            *(
+                threading.Thread(target=mesh.pump, args=(ends[side], parts[side]))
+                for side in (A, B)
+            ),
             *(
                 threading.Thread(
                     target=_drain, args=(ends[side], sum(map(len, parts[1 - side])), got[side])

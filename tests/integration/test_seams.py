@@ -142,6 +142,23 @@ def test_bulk_for_careful_readers_is_whole(careful: Lab, events: int, size: int)
     assert careful.reason("careful") > 0
 
 
+def _questions(
+    client: socket.socket, server: socket.socket, events: int, count: int, *, reads_on: bool
+) -> None:
+    """Each is read by an event-driven reader; ``reads_on``: which asks again, until EAGAIN."""
+    client.setblocking(True)
+    server.setblocking(False)
+    with select.epoll() as epoll:
+        epoll.register(server, events)
+        for _ in range(count):
+            client.sendall(b"question")
+            assert epoll.poll(SECONDS)
+            assert server.recv(100) == b"question"
+            if reads_on:
+                with pytest.raises(BlockingIOError):
+                    server.recv(100)
+
+
 def _answers(lab: Lab, events: int, count: int) -> None:
     """Questions to a blocking reader, whose answers an event-driven one waits for."""
     client, server = lab.pair()
@@ -222,33 +239,16 @@ def test_a_reader_that_turns_careful_is_noticed(careful: Lab) -> None:
 def test_careful_readers_that_read_on_take_the_lane(careful: Lab) -> None:
     """Edge-triggered, but until EAGAIN, as Envoy and Go do: seen by the guards."""
     client, server = careful.pair()
-    client.setblocking(True)
-    server.setblocking(False)
     count = 60
-    with client, server, select.epoll() as epoll:
-        epoll.register(server, EDGE)
-        for _ in range(count):
-            client.sendall(b"question")
-            assert epoll.poll(SECONDS)
-            assert server.recv(100) == b"question"
-            with pytest.raises(BlockingIOError):
-                server.recv(100)
+    with client, server:
+        _questions(client, server, EDGE, count, reads_on=True)
         assert careful.redirected >= count - 20
     # The next of the kind: as soon as it has read on, too, for it may be another program.
     for reads_on in (True, False):
         before = careful.redirected
         client, server = careful.pair()
-        client.setblocking(True)
-        server.setblocking(False)
-        with client, server, select.epoll() as epoll:
-            epoll.register(server, EDGE)
-            for _ in range(10):
-                client.sendall(b"question")
-                assert epoll.poll(SECONDS)
-                assert server.recv(100) == b"question"
-                if reads_on:
-                    with pytest.raises(BlockingIOError):
-                        server.recv(100)
+        with client, server:
+            _questions(client, server, EDGE, 10, reads_on=reads_on)
         assert careful.redirected - before == (8 if reads_on else 0)
 
 
@@ -257,16 +257,8 @@ def test_hasty_readers_prove_nothing_by_reading_on(careful: Lab) -> None:
     """Like HAProxy: until EAGAIN, but for the one read when data and the end come together."""
     for _ in range(3):
         client, server = careful.pair()
-        client.setblocking(True)
-        server.setblocking(False)
-        with client, server, select.epoll() as epoll:
-            epoll.register(server, LEVEL)
-            for _ in range(30):
-                client.sendall(b"question")
-                assert epoll.poll(SECONDS)
-                assert server.recv(100) == b"question"
-                with pytest.raises(BlockingIOError):
-                    server.recv(100)
+        with client, server:
+            _questions(client, server, LEVEL, 30, reads_on=True)
             (connection,) = tables.paired(careful.place)
             assert connection.reader[1] == "hasty"
         wait_until(lambda: careful.connections == 0, "the connection to be forgotten")
