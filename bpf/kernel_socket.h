@@ -121,6 +121,7 @@ __noinline int kind_of_reader(__u64 address)
 		struct eppoll_entry *epoll;
 		__u32 events = 0;
 		void *wake;
+		int this;
 
 		entry = (void *)item - bpf_core_field_offset(struct wait_queue_entry, entry);
 		wake = BPF_CORE_READ(entry, func);
@@ -134,12 +135,9 @@ __noinline int kind_of_reader(__u64 address)
 			/* Not known, or no waiter any more: nothing can be told. */
 			return NOBODY;
 		}
-		if (events & EPOLLET)
-			kind = kind < CAREFUL ? CAREFUL : kind;
-		else if (events & EPOLLRDHUP)
-			kind = HASTY;
-		else
-			kind = kind < PATIENT ? PATIENT : kind;
+		this = events & EPOLLET ? CAREFUL : events & EPOLLRDHUP ? HASTY : PATIENT;
+		if (kind < this)
+			kind = this;
 		item = BPF_CORE_READ(item, next);
 	}
 	return kind;

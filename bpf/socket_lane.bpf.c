@@ -179,7 +179,7 @@ static __always_inline void remember_reader(const struct connection *connection,
 	__u32 careful = kind > PATIENT ? kind : 0;
 
 	/* Nobody seen reading, or nothing to read: nothing learnt. And unfit was noted at once. */
-	if (!s || connection->blocked[writer] || (s->careful && !connection->reader[reader]) ||
+	if (!s || connection->blocked[writer] || (s->careful && kind == NOBODY) ||
 	    !(connection->kernel_messages[writer] + connection->redirected_messages[writer]))
 		return;
 	known = bpf_map_lookup_elem(&readers, &key);
