@@ -330,7 +330,6 @@ def test_switch_in_user_space(lab: Node) -> None:
     """
     lab.switch_off()
     lab.switch(lab.talkers["pod"], "eth0", "tx", "off")
-    errors = {"tcp": 0, "udp4": 0, "udp6": 0}
     with vm_net.userspace_switch(lab, ["vm", "plain"]):
         work = lab.attend("skip")
         assert work == ([("keep", "userspace-switch")], ([], []))
@@ -338,8 +337,9 @@ def test_switch_in_user_space(lab: Node) -> None:
         # What would have happened: the guest's packets reach the pod as damaged ones.
         lab.switch(lab.launcher, lab.bound.names.nic, "tx", "on")
         assert vm_net.udp(lab, "guest", "pod", 4, SIZES, 1.0) == 0
-        dropped = errors | {"udp4": len(SIZES)}
-        wait_until(lambda: sums.checksum_errors(lab.talkers["pod"]) == dropped, f"{dropped}")
+        # (TCP errors do not tell: on a busy machine the end of that talk may come only now.)
+        pod = lab.talkers["pod"]
+        wait_until(lambda: sums.checksum_errors(pod)["udp4"] == len(SIZES), "UDP checksum errors")
         lab.switch(lab.launcher, lab.bound.names.nic, "tx", "off")
     # Once it has ended, skip is in force; when it is back, what we switched on goes off again.
     work = lab.attend("skip")
