@@ -311,8 +311,7 @@ def run(
     Returns:
         The exit code, and the bytes for stdout.
     """
-    seconds = netconf.TIMEOUT_ADD if environ.get("CNI_COMMAND") == "ADD" else netconf.TIMEOUT
-    deadline = Deadline(seconds)
+    deadline = Deadline(netconf.TIMEOUT_STDIN)
 
     def serve(request: Request) -> bytes:
         try:

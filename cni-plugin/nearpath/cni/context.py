@@ -98,7 +98,7 @@ class Context:
         self.deadline = deadline
         self.request = request
         self.conf: NetConf = netconf.parse(request.config)
-        deadline.limit(self.conf.deadline(request.command))
+        deadline.restart(self.conf.deadline(request.command))
         self.log = Log(place, _title(request), level=self.conf.log_level)
         self._uncounted: list[str] = []
 

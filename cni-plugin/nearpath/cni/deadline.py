@@ -3,6 +3,9 @@
 A timer signal raises DeadlineExceeded in the main thread, wherever it is: reading stdin,
 waiting for the node lock, loading programs. It is raised again every quarter of a second
 until it is stopped or restarted, so code that swallows errors cannot outlive it for long.
+
+Stdin has a limit of its own, and the command's counts from its end: on a node short of CPU the
+runtime may need seconds between starting us and writing, and a DEL must not fail for that.
 """
 
 from __future__ import annotations
@@ -21,11 +24,10 @@ else:  # the C module: `signal` wraps it in enums, which costs start-up time
 
 _AGAIN = 0.25  # seconds between two raises
 _SHORTEST = 0.001  # a timer of 0 would be none
-_MOMENT = 0.1  # what is left at least, so that the command itself can deal with the end
 
 
 class Deadline:
-    """A time limit in seconds, counted from ``start``; use in the main thread only."""
+    """A time limit in seconds, from ``start`` or ``restart`` on; use in the main thread only."""
 
     __slots__ = ("_armed", "_before", "_handler", "_started", "seconds")
 
@@ -47,14 +49,8 @@ class Deadline:
         self._before = setitimer(ITIMER_REAL, max(self.seconds, _SHORTEST), _AGAIN)
         self._armed = True
 
-    def limit(self, seconds: float) -> None:
-        """Change the limit, still counted from ``start``."""
-        self.seconds = seconds
-        left = self._started + seconds - time.monotonic()
-        setitimer(ITIMER_REAL, max(left, _MOMENT), _AGAIN)
-
     def restart(self, seconds: float) -> None:
-        """Count from now: time for clearing up after the limit has passed."""
+        """Another limit, counted from now: for the next part of the work, or for clearing up."""
         self._armed = False  # first, so that a pending signal cannot interrupt this
         setitimer(ITIMER_REAL, max(seconds, _SHORTEST), _AGAIN)
         self.seconds = seconds

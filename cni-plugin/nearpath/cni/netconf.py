@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-TIMEOUT_ADD = 5.0  # seconds
+TIMEOUT_STDIN = 10.0  # seconds until the runtime has written all of the configuration
+TIMEOUT_ADD = 5.0  # seconds from then on
 TIMEOUT = 2.0  # seconds, every other command
 _TIMEOUT_RANGE = (0.5, 60.0)
 # Those of datapath/sizes.py, which an ADD need not import.
