@@ -67,6 +67,7 @@ struct connection {
 	__u64 kernel_bytes[2];
 	__u64 sent_at;	    /* ktime (ns) of the last message of streak */
 	__u64 empty_at[2];  /* redirected_messages of each side when its peer had read all */
+	__u64 unhelped;	    /* bytes both ways by the kernel path since the last redirect */
 	__u32 joined;	    /* bit per side: its socket is or was in the map sockets */
 	__u32 leaving;	    /* bit per side: nothing may be redirected to it any more */
 	__u32 waived;	    /* bit per side: its first message needs no probation */
@@ -138,6 +139,7 @@ struct settings {
 	__u32 stream_gap_us;	/* longest time between two messages of a stream */
 	__u32 stream_from;	/* a stream of messages of this size and more stays in the lane … */
 	__u32 stream_to;	/* … if they are smaller than this */
+	__u32 unhelped_mib;	/* so much in a row by the kernel path, and both sockets leave */
 	__u32 duplex;		/* 1: sockets with a reader that sleeps beside a writer leave */
 	__u32 mptcp_fallback;	/* 1: plain TCP connections of MPTCP listeners may join */
 };
@@ -153,6 +155,7 @@ enum counter {
 	C_JOINED,
 	C_WAIVED,	  /* joined without probation */
 	C_LEFT_STREAMING, /* left the map, for the kernel path carries this stream faster */
+	C_LEFT_UNHELPED,  /* left the map, for the lane has not helped its stream */
 	C_LEFT_DUPLEX,	  /* left the map, for one task reads while another waits to write */
 	C_LEFT_ZEROCOPY,  /* left the map, for it sends with MSG_ZEROCOPY */
 	C_LEFT_IOCTL,	  /* left the map, for it asks how much there is to read */
@@ -168,6 +171,7 @@ enum counter {
 	C_PEER_NOT_JOINED,
 	C_CLOSING,
 	C_STREAMING,
+	C_UNHELPED,
 	C_DUPLEX,
 	C_ZEROCOPY,
 	C_IOCTL,

@@ -416,6 +416,9 @@ static __always_inline void acknowledged(struct bpf_sock_ops *ctx)
 	case C_STREAMING:
 		count(own->netns, C_LEFT_STREAMING, 1);
 		break;
+	case C_UNHELPED:
+		count(own->netns, C_LEFT_UNHELPED, 1);
+		break;
 	case C_DUPLEX:
 		count(own->netns, C_LEFT_DUPLEX, 1);
 		break;

@@ -18,6 +18,7 @@ _ROOM = 100  # columns in which the longest IPv6 address has its line
 _WORDS = {
     "left": "its FIN is sent",
     "streaming": "it streams messages of a size that TCP carries faster",
+    "unhelped": "so much in a row took the kernel path that the lane is of no use to it",
     "duplex": "a task reads it while another writes",
     "zerocopy": "it sends with MSG_ZEROCOPY",
     "revalidate": "just this message: policy and conntrack are to see the flow now and then",

@@ -25,6 +25,7 @@ REASONS = (
     "joined",
     "waived",
     "left_streaming",
+    "left_unhelped",
     "left_duplex",
     "left_zerocopy",
     "left_ioctl",
@@ -38,6 +39,7 @@ REASONS = (
     "peer_not_joined",
     "closing",
     "streaming",
+    "unhelped",
     "duplex",
     "zerocopy",
     "ioctl",
@@ -66,10 +68,10 @@ _COOKIE = struct.Struct("=Q")
 _POD = struct.Struct("=I")
 _SEQUENCES = struct.Struct("=II")
 # struct connection: eight pairs of u64, then as named; two struct endpoint, four u64.
-_CONNECTION = struct.Struct("=16Q3Q5I2I2I2I2II2I" + 2 * "16s16s4H" + "4Q")
+_CONNECTION = struct.Struct("=16Q4Q5I2I2I2I2II2I" + 2 * "16s16s4H" + "4Q")
 _COUNTERS = struct.Struct(f"={len(COUNTERS)}Q")
 _NETNS, _NETNS_AT = struct.Struct("=2Q"), 2 * 8
-_JOINED, _JOINED_AT = struct.Struct("=I"), 19 * 8
+_JOINED, _JOINED_AT = struct.Struct("=I"), 20 * 8
 READERS = ("", "patient", "careful", "hasty")  # enum reader_kind of bpf/nearpath.h
 _AF_INET = 2
 BOTH = 0b11  # Connection.joined, Connection.leaving
@@ -120,12 +122,12 @@ class Connection:
         self.redirected_bytes = fields[10:12]
         self.kernel_messages = fields[12:14]
         self.kernel_bytes = fields[14:16]
-        self.joined, self.leaving, self.waived = fields[19:22]
-        self.wants_out = tuple(_name(number) for number in fields[24:26])
-        self.blocked = tuple(_name(number) for number in fields[26:28])
-        self.path = tuple(COUNTERS[number] for number in fields[28:30])
-        self.reader = tuple(READERS[number] for number in fields[30:32])
-        self.endpoints = _endpoint(*fields[35:41]), _endpoint(*fields[41:47])
+        self.joined, self.leaving, self.waived = fields[20:23]
+        self.wants_out = tuple(_name(number) for number in fields[25:27])
+        self.blocked = tuple(_name(number) for number in fields[27:29])
+        self.path = tuple(COUNTERS[number] for number in fields[29:31])
+        self.reader = tuple(READERS[number] for number in fields[31:33])
+        self.endpoints = _endpoint(*fields[36:42]), _endpoint(*fields[42:48])
 
 
 def _name(number: int) -> str:
