@@ -58,8 +58,8 @@ struct state {
 struct end {
 	int fd;
 	bool is_client, finished; /* finished: our FIN is sent */
-	uint32_t chance; /* both ends draw the same numbers from it */
-	uint64_t start;	 /* in the pattern */
+	uint32_t chance;	  /* both ends draw the same numbers from it */
+	uint64_t start;		  /* in the pattern */
 	uint64_t sent, received;
 };
 

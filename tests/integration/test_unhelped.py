@@ -58,7 +58,7 @@ def _open_up(lab: Lab, sender: socket.socket, reader: socket.socket) -> None:
     """Let TCP's receive buffer grow, so that a whole message may be redirected."""
     settings.write(lab.place, redirect=0)
     for _ in range(20):
-        thread = threading.Thread(target=lambda: [sender.sendall(MESSAGE) for _ in range(10)])
+        thread = threading.Thread(target=sender.sendall, args=(MESSAGE * 10,))
         thread.start()
         assert _exactly(reader, 10 * SIZE) == MESSAGE * 10
         thread.join()
