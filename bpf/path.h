@@ -9,7 +9,8 @@
 #define NS_PER_MS (1000 * 1000ull)
 #define NS_PER_US 1000ull
 #define UNGATHERED_FROM 64
-#define SEND_SHUTDOWN 2 /* include/net/sock.h */
+#define RCV_SHUTDOWN 1 /* include/net/sock.h */
+#define SEND_SHUTDOWN 2
 #define TCP_NAGLE_OFF 1 /* include/net/tcp.h */
 /* What a redirected message takes beside its bytes: struct sk_msg, from kmalloc-1k. */
 #define MESSAGE_BYTES 1024
@@ -172,6 +173,9 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	/* The kernel answers EPIPE, which tcp_bpf_sendmsg leaves to it. */
 	if (sk->sk_shutdown & SEND_SHUTDOWN)
 		return C_CLOSING;
+	/* TCP answers by a reset if its FIN is sent too, which cannot take it out if all is not read. */
+	if (BPF_CORE_READ(&receiver->inet_conn.icsk_inet.sk, sk_shutdown) & RCV_SHUTDOWN)
+		return C_PEER_LEFT;
 	/*
 	 * Kernel TLS that was switched on since: we see what will be encrypted, and the reader
 	 * would get it in the clear.
@@ -228,11 +232,11 @@ static __always_inline void unhelped(struct connection *connection, __u32 side, 
 	struct settings *s = settings_now();
 
 	/* Not if somebody has switched the lane off for a while. */
-	if (!s || !s->unhelped_mib || s->paused || !s->redirect)
+	if (!s || !s->unhelped_kib || s->paused || !s->redirect)
 		return;
 	/* Atomic, or a reset by the other side might get lost. */
 	__sync_fetch_and_add(&connection->unhelped, size);
-	if (!connection->wants_out[side] && connection->unhelped >> 20 >= s->unhelped_mib)
+	if (!connection->wants_out[side] && connection->unhelped >> 10 >= s->unhelped_kib)
 		connection->wants_out[side] = C_UNHELPED;
 }
 

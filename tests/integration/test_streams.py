@@ -5,6 +5,7 @@ Each runs on the kernel path too ("control"), where the same must hold.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from helpers.commands import wait_until
 from nearpath.datapath import loader, settings, unloader
 
 from .conftest import TIMEOUT, Lab
@@ -214,6 +216,23 @@ def test_a_writer_may_close_at_once(lab: Lab, *, enabled: bool) -> None:
             assert receive(server) == data
     assert lab.redirected >= 120 * enabled
     assert (lab.redirected > 0) == enabled
+
+
+@BOTH_PATHS
+def test_a_reader_that_has_gone_resets(lab: Lab, *, enabled: bool) -> None:
+    """Both directions shut, something unread that keeps it in the map: its peer hears of it."""
+    lab.register(enabled=enabled)
+    with pair(lab) as (client, server):
+        warm_up(client, server)
+        server.sendall(b"unread")
+        client.shutdown(socket.SHUT_RD)
+        client.shutdown(socket.SHUT_WR)
+        assert server.recv(1) == b""
+        server.sendall(b"too late")
+        error = partial(server.getsockopt, socket.SOL_SOCKET, socket.SO_ERROR)
+        wait_until(lambda: error() == errno.EPIPE, "the reset")
+        assert client.recv(100) == b"unread"
+    assert lab.redirected == 3 * enabled
 
 
 def _serve_half_closed(listener: socket.socket, count: int, early: bytes) -> None:
