@@ -139,7 +139,7 @@ struct settings {
 	__u32 stream_gap_us;	/* longest time between two messages of a stream */
 	__u32 stream_from;	/* a stream of messages of this size and more stays in the lane … */
 	__u32 stream_to;	/* … if they are smaller than this */
-	__u32 unhelped_mib;	/* so much in a row by the kernel path, and both sockets leave */
+	__u32 unhelped_kib;	/* so much in a row by the kernel path, and both sockets leave */
 	__u32 duplex;		/* 1: sockets with a reader that sleeps beside a writer leave */
 	__u32 mptcp_fallback;	/* 1: plain TCP connections of MPTCP listeners may join */
 };

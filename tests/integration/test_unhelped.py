@@ -26,7 +26,7 @@ MESSAGES = (LIMIT << 20) // SIZE  # nearly as much
 @pytest.fixture
 def lab(lab: Lab) -> Lab:
     """A datapath with a low limit."""
-    settings.write(lab.place, unhelped_mib=LIMIT)
+    settings.write(lab.place, unhelped_kib=LIMIT << 10)
     return lab
 
 
@@ -127,7 +127,7 @@ def test_what_helps_one_way_is_kept(lab: Lab) -> None:
 @pytest.mark.parametrize("limit", [LIMIT, 0])
 def test_off(lab: Lab, limit: int) -> None:
     """Zero switches the rule off."""
-    settings.write(lab.place, unhelped_mib=limit)
+    settings.write(lab.place, unhelped_kib=limit << 10)
     client, server = lab.pair()
     client.setblocking(True)
     server.setblocking(True)

@@ -17,6 +17,7 @@ _SETTINGS: tuple[dict[str, int], ...] = (
     {"revalidate_ms": 1},
     {"probation": 3},
     {"unread_messages": 2},
+    {"unhelped_kib": 1},
     {"stream_messages": 2, "stream_from": 1 << 20, "stream_gap_us": 1000000},
 )
 _WRITES = ("send_all", "send_all", "sendfile", "splice_in")

@@ -84,6 +84,7 @@ _SETTINGS: tuple[dict[str, int], ...] = (
     {"unread_messages": 1},
     {"unread_messages": 3},
     {"receiver_percent": 1},
+    {"unhelped_kib": 1},
     {"stream_messages": 2, "stream_from": 1 << 20, "stream_gap_us": 1000000},
 )
 

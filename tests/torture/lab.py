@@ -27,6 +27,9 @@ _SYSCTLS = {
     "net/ipv4/tcp_congestion_control": "cubic",
     # Client and server, and both without cookies, which would make the first connection special.
     "net/ipv4/tcp_fastopen": "519",
+    # Programs must not learn from each other how long the way is: a long one before, and TCP holds
+    # back a small segment (MSG_MORE) longer than we look.
+    "net/ipv4/tcp_no_metrics_save": "1",
 }
 
 

@@ -118,20 +118,22 @@ class Torturer:
 
     def verdict(self, program: Program) -> Verdict:
         """Run a program once on each path and compare."""
-        kernel = self._runner.run(program, False)
+        return self._verdict(program, self._runner.run(program, False))
+
+    def _verdict(self, program: Program, kernel: Trace) -> Verdict:
         lane = self._runner.run(program, True)
         return judge(program, kernel, lane, self._limits, guarded=self._guarded)
 
-    def is_flaky(self, program: Program) -> bool:
-        """True if the kernel path alone does not show the same every time."""
-        first = self._runner.run(program, False)
+    def _is_flaky(self, program: Program, first: Trace) -> bool:
+        """True if the kernel path alone does not show the same as the first time, every time."""
         return any(any(differences(first, self._runner.run(program, False))) for _ in range(_AGAIN))
 
     def fails_like(self, program: Program, kinds: set[str]) -> bool:
         """True if a difference of one of these kinds shows, and is not the program's own."""
         try:
-            failures = self.verdict(program).failures
-            return bool(kinds & {kind(f) for f in failures}) and not self.is_flaky(program)
+            kernel = self._runner.run(program, False)
+            failures = self._verdict(program, kernel).failures
+            return bool(kinds & {kind(f) for f in failures}) and not self._is_flaky(program, kernel)
         except StuckError:
             return False
 
@@ -140,8 +142,9 @@ class Torturer:
         report = self.report
         report.programs += 1
         try:
-            verdict = self.verdict(program)
-            flaky = bool(verdict.failures) and self.is_flaky(program)
+            kernel = self._runner.run(program, False)
+            verdict = self._verdict(program, kernel)
+            flaky = bool(verdict.failures) and self._is_flaky(program, kernel)
         except StuckError:
             report.stuck.append(program.seed)
             return None

@@ -19,7 +19,7 @@ REASONS = {
     "joined": "sockets joined the lane",
     "waived": "readers that proved fit before: no probation",
     "left_streaming": "sockets left it to stream by TCP",
-    "left_unhelped": "sockets left it: so much in a row took the kernel path (unhelped_mib)",
+    "left_unhelped": "sockets left it: so much in a row took the kernel path (unhelped_kib)",
     "left_duplex": "sockets left it: a task reads while another writes",
     "left_zerocopy": "sockets left it: they send with MSG_ZEROCOPY",
     "left_ioctl": "sockets left it: they ask how much there is to read (FIONREAD)",

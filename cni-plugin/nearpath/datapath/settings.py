@@ -19,6 +19,7 @@ ANY_SIZE = 0xFFFFFFFF
 _SWITCH = (0, 1)
 _MILLISECONDS = (0, 3_600_000)
 _COUNT = (0, 1_000_000)
+_KIBIBYTES = (0, 1 << 24)
 
 # name: (default, (least, most), what it does). In the order of struct settings.
 SETTINGS: dict[str, tuple[int, tuple[int, int], str]] = {
@@ -47,7 +48,7 @@ SETTINGS: dict[str, tuple[int, tuple[int, int], str]] = {
     "stream_from": (1024, (0, ANY_SIZE), "bytes: streams of smaller messages leave the lane"),
     "stream_to": (ANY_SIZE, (0, ANY_SIZE), "bytes: streams of messages this large leave it too"),
     # More than send and receive buffers hold: a reader is drained by then, or never.
-    "unhelped_mib": (32, _COUNT, "MiB in a row by the kernel path after which both ends leave"),
+    "unhelped_kib": (32 << 10, _KIBIBYTES, "KiB in a row by the kernel path, and both ends leave"),
     "duplex": (1, _SWITCH, "sockets with a reader asleep beside a writer leave the lane"),
     # On by default only where the kernel has the fixes of December 2025 (loader).
     "mptcp_fallback": (0, _SWITCH, "plain TCP connections of MPTCP listeners may join"),
