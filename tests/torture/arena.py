@@ -135,7 +135,7 @@ class Side:
     """
 
     def __init__(self, side: str, pod: str, cgroup: str) -> None:
-        self.side = side
+        self.name = side
         self.actors: dict[str, Actor] = {}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._orders = ours
@@ -156,7 +156,7 @@ class Side:
         self._orders.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         for name, (ours, theirs) in pairs.items():
             theirs.close()
-            self.actors[name] = Actor(self.side + name, ours)
+            self.actors[name] = Actor(self.name + name, ours)
         for actor in self.actors.values():
             actor.process, actor.thread = actor.answer()
         self._orders.recv(1)
@@ -268,7 +268,7 @@ class Arena:
                 said = side.actors[name].ask("prepare", {**orders, **own})
                 if said != ["ok"]:
                     side.stop()
-                    raise StuckError(f"{side.actors[name].name}: {said}")
+                    raise StuckError(f"{side.name}{name}: {said}")
         diags = self._diags[self._places["c"]], self._diags[self._places[server]]
         return _Stage(sides, diags, (address, port))
 

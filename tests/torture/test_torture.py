@@ -132,10 +132,11 @@ def test_volume(pods: Pods) -> None:
         moved = lanes.counts()["redirected_messages"] - before
         print(f"{'lane' if on else 'kernel path'}: {outcome}, {moved:,} redirected")
         assert outcome.connections > 100
-        assert not outcome.differences, outcome.wrong
+        assert outcome.is_same(guarded=lanes.guarded), outcome
         outcomes.append(outcome)
         assert (moved > 0) == on
-    assert not outcomes[0].woken_by_end + outcomes[0].woken_by_reset
+    kernel = outcomes[0]
+    assert not kernel.woken_by_end + kernel.woken_by_reset + kernel.woken_in_doubt
     assert lanes.counts()["connections"] == 0
 
 
