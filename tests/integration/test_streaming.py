@@ -76,12 +76,13 @@ def test_larger_messages_stay(lab: Lab) -> None:
     assert lab.reason("streaming") == lab.reason("left_streaming") == 0
 
 
-def test_senders_without_nagle_stay(lab: Lab) -> None:
+@pytest.mark.parametrize("size", [1, 64])
+def test_senders_without_nagle_stay(lab: Lab, size: int) -> None:
     """TCP gathers nothing for them, so the lane is the faster way for smaller messages too."""
     client, server = lab.pair()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with client, server:
-        _stream(client, server, 64)
+        _stream(client, server, size)
     assert lab.reason("streaming") == lab.reason("left_streaming") == 0
 
 
