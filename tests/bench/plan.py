@@ -128,7 +128,9 @@ def points(*, quick: bool, rounds: int = 0) -> list[Point]:
             count = usual if rounds or test not in _FINE else 2 * usual - 1
             result.append(Point(path, control, cpus, test, size, count))
         if (path, control, cpus) == (HEAVY, CUBIC, 1) and not quick:
+            # qperf's streams have several speeds on each path; three rounds do not tell.
             result += [
-                Point(path, control, cpus, test, size, rounds or 3) for test, size in _qperf_tests()
+                Point(path, control, cpus, test, size, rounds or (7 if test == QPERF_STREAM else 3))
+                for test, size in _qperf_tests()
             ]
     return result
