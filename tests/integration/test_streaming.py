@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from helpers.commands import wait_until
-from nearpath.datapath import unloader
+from nearpath.datapath import settings, unloader
 
 if TYPE_CHECKING:
     from .conftest import Lab
@@ -45,10 +45,16 @@ def _stream(sender: socket.socket, reader: socket.socket, size: int) -> None:
     assert not wrong
 
 
+def _be_slow(lab: Lab) -> None:
+    """Let this be a stream on an emulated machine too, where a message takes a millisecond."""
+    settings.write(lab.place, stream_gap_us=100_000)
+
+
 @pytest.mark.parametrize("direction", ["client", "server"])
 @pytest.mark.parametrize("size", [1, 64, 1023])
 def test_a_stream_of_small_messages_leaves(lab: Lab, size: int, direction: str) -> None:
     """Its sender is out of the map, every byte arrives, and answers still do."""
+    _be_slow(lab)
     client, server = lab.pair()
     with client, server:
         sender, reader = (client, server) if direction == "client" else (server, client)
@@ -115,6 +121,7 @@ def test_slow_one_way_messages_stay(lab: Lab) -> None:
 
 def test_unread_answers_keep_the_sender_in(lab: Lab) -> None:
     """Leaving would destroy what was redirected to it and not read; it leaves afterwards."""
+    _be_slow(lab)
     client, server = lab.pair()
     with client, server:
         server.sendall(b"unread")
