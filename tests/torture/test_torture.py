@@ -146,7 +146,10 @@ def test_volume_sees_a_lane_that_changes_the_order(pods: Pods) -> None:
     lanes.enable(on=True)
     # Streams change paths all the time, and nobody minds the order.
     lanes.settings({"drained": 0, "careful": 0, "receiver_percent": 1, "guards": 0})
-    outcome = volume.pour(lanes, seconds=3 * PATIENCE)
+    for _ in range(5):  # in an emulator hardly anything meets
+        outcome = volume.pour(lanes, seconds=3 * PATIENCE)
+        if outcome.differences:
+            break
     lanes.settings({})
     assert outcome.differences > 0
     assert "seed " in outcome.wrong

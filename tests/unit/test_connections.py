@@ -41,7 +41,7 @@ def entry(
     **changes: Any,
 ) -> Connection:
     """An entry as the programs write it: packed and unpacked by the real format."""
-    fields: list[Any] = [0] * 51
+    fields: list[Any] = [0] * 52
     now = time.monotonic_ns()
     fields[2:4] = cookies
     fields[4:6] = (now - 2_000_000_000, now - 3_000_000_000)
@@ -49,9 +49,9 @@ def entry(
     fields[10:12] = (messages * 100, messages * 200)
     fields[12:14] = (1, 2) if messages else (0, 0)
     fields[14:16] = (100, 400) if messages else (0, 0)
-    fields[19] = tables.BOTH
-    fields[28:30] = (COUNTERS.index(path) for path in paths)
-    for start, (local, local_port, remote, remote_port) in ((35, client), (41, server)):
+    fields[20] = tables.BOTH
+    fields[29:31] = (COUNTERS.index(path) for path in paths)
+    for start, (local, local_port, remote, remote_port) in ((36, client), (42, server)):
         family = socket.AF_INET6 if ":" in local else socket.AF_INET
         fields[start : start + 6] = (
             *(packed(local), packed(remote)),

@@ -183,7 +183,7 @@ def test_invalid_utf8_in_the_environment(tmp_path: Path) -> None:
 
 
 def test_stdin_that_never_ends(tmp_path: Path) -> None:
-    """A runtime that forgets to close stdin gets an error within the deadline."""
+    """A runtime that forgets to close stdin gets an error after its 10 s."""
     start = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-Es", str(SOURCES / "main.py")],
@@ -200,7 +200,7 @@ def test_stdin_that_never_ends(tmp_path: Path) -> None:
         process.stdin.close()
         assert process.wait(5) == 1
     assert answer["code"] == 5
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("command", ["ADD", "DEL"])
