@@ -172,7 +172,10 @@ static __always_inline enum counter choose_path(struct connection *connection, _
 	/* The kernel answers EPIPE, which tcp_bpf_sendmsg leaves to it. */
 	if (sk->sk_shutdown & SEND_SHUTDOWN)
 		return C_CLOSING;
-	/* TCP answers by a reset if its FIN is sent too, which cannot take it out if all is not read. */
+	/*
+	 * Shut both ways, TCP answers by a reset what comes then; and with something unread the
+	 * receiver's FIN could not take it out of the map.
+	 */
 	if (BPF_CORE_READ(&receiver->inet_conn.icsk_inet.sk, sk_shutdown) & RCV_SHUTDOWN)
 		return C_PEER_LEFT;
 	/*

@@ -8,8 +8,9 @@
  * client in LEFT connects to it, again and again, until STATE says stop or COUNT connections
  * are done (0: no limit). Both are processes with blocking sockets and without timeouts, so
  * that every errno is a finding, but for a known limit that streams.py keeps within bounds
- * (read_some()); who hangs is noticed by streams.py, for the counters in STATE stand still then. Both ends know every byte: it depends on the direction, on the
- * connection and on the position in the stream.
+ * (read_some()); who hangs is noticed by streams.py, for the counters in STATE stand still
+ * then. Both ends know every byte: it depends on the direction, on the connection and on the
+ * position in the stream.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -57,9 +58,9 @@ struct state {
 /* One end of one connection. */
 struct end {
 	int fd;
-	bool is_client, finished; /* finished: our FIN is sent */
-	uint32_t chance;	  /* both ends draw the same numbers from it */
-	uint64_t start;		  /* in the pattern */
+	bool is_client, half_closed;
+	uint32_t chance; /* both ends draw the same numbers from it */
+	uint64_t start;	 /* in the pattern */
 	uint64_t sent, received;
 };
 
@@ -156,7 +157,7 @@ static ssize_t read_some(struct end *end, uint8_t *buffer, size_t size)
 {
 	ssize_t done;
 
-	while ((done = recv(end->fd, buffer, size, 0)) < 0 && errno == EAGAIN && end->finished)
+	while ((done = recv(end->fd, buffer, size, 0)) < 0 && errno == EAGAIN && end->half_closed)
 		self->woken++;
 	return done;
 }
@@ -208,7 +209,7 @@ static void finish(struct end *end)
 {
 	if (shutdown(end->fd, SHUT_WR))
 		fail("shutdown");
-	end->finished = true;
+	end->half_closed = true;
 }
 
 static void pause_ms(uint32_t most)

@@ -6,15 +6,18 @@ import os
 import select
 import socket
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
+from helpers import mesh
 from helpers.commands import wait_until
 from nearpath.datapath import settings, unloader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .conftest import Lab
 
 SIZE = 100_000
@@ -30,60 +33,52 @@ def lab(lab: Lab) -> Lab:
     return lab
 
 
-def _exactly(reader: socket.socket, size: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
-        part = reader.recv(size - len(parts))
-        assert part, "the stream has ended early"
-        parts += part
-    return bytes(parts)
+@contextmanager
+def _pair(lab: Lab) -> Iterator[tuple[socket.socket, socket.socket]]:
+    client, server = lab.pair()
+    client.setblocking(True)
+    server.setblocking(True)
+    with client, server:
+        yield client, server
 
 
-def _by_kernel(lab: Lab, sender: socket.socket, data: bytes) -> None:
+@contextmanager
+def _kernel_path(lab: Lab) -> Iterator[None]:
     settings.write(lab.place, redirect=0)
-    sender.sendall(data)
+    yield
     settings.write(lab.place, redirect=1)
 
 
-def _stream(sender: socket.socket, reader: socket.socket, count: int) -> None:
+def _stream(
+    sender: socket.socket, reader: socket.socket, count: int, message: bytes = MESSAGE
+) -> None:
     """So many messages, each read to its last byte before the next one is sent."""
     for _ in range(count):
-        thread = threading.Thread(target=sender.sendall, args=(MESSAGE,))
+        thread = threading.Thread(target=sender.sendall, args=(message,))
         thread.start()
-        assert _exactly(reader, SIZE) == MESSAGE
+        assert mesh.read(reader, len(message)) == message
         thread.join()
-
-
-def _open_up(lab: Lab, sender: socket.socket, reader: socket.socket) -> None:
-    """Let TCP's receive buffer grow, so that a whole message may be redirected."""
-    settings.write(lab.place, redirect=0)
-    for _ in range(20):
-        thread = threading.Thread(target=sender.sendall, args=(MESSAGE * 10,))
-        thread.start()
-        assert _exactly(reader, 10 * SIZE) == MESSAGE * 10
-        thread.join()
-    settings.write(lab.place, redirect=1)
 
 
 @pytest.mark.parametrize("behind", [1000, 0], ids=["behind", "control"])
 @pytest.mark.parametrize("direction", ["client", "server"])
 def test_a_reader_that_is_always_behind(lab: Lab, direction: str, behind: int) -> None:
     """Some bytes sent by TCP are always unread, so that nothing may be redirected."""
-    client, server = lab.pair()
-    client.setblocking(True)
-    server.setblocking(True)
-    with client, server:
+    with _pair(lab) as (client, server):
         sender, reader = (client, server) if direction == "client" else (server, client)
-        _open_up(lab, sender, reader)
-        assert lab.reason("left_unhelped") == 0, "what was switched off does not count"
-        _by_kernel(lab, sender, MESSAGE[:behind] + b"!")
-        assert _exactly(reader, 1) == (MESSAGE[:behind] + b"!")[:1]
-        unread = (MESSAGE[:behind] + b"!")[1:]
+        with _kernel_path(lab):
+            # Lets TCP's receive buffer grow, so that a whole message may be redirected.
+            _stream(sender, reader, 20, 10 * MESSAGE)
+            assert lab.reason("left_unhelped") == 0, "what was switched off does not count"
+            first = MESSAGE[:behind] + b"!"
+            sender.sendall(first)
+        assert mesh.read(reader, 1) == first[:1]
+        unread = first[1:]
         for _ in range(2 * MESSAGES):
             sender.sendall(MESSAGE)
-            assert _exactly(reader, SIZE) == (unread + MESSAGE)[:SIZE]
+            assert mesh.read(reader, SIZE) == (unread + MESSAGE)[:SIZE]
             unread = (unread + MESSAGE)[SIZE:]
-        assert _exactly(reader, behind) == unread
+        assert mesh.read(reader, behind) == unread
         assert lab.reason("left_unhelped") == bool(behind)
         if not behind:
             assert lab.redirected == 2 * MESSAGES
@@ -92,12 +87,12 @@ def test_a_reader_that_is_always_behind(lab: Lab, direction: str, behind: int) -
         assert unloader.sockets_left(lab.place.layout_dir) == 1
         counted = lab.kernel
         sender.sendall(b"native")
-        assert _exactly(reader, 6) == b"native"
+        assert mesh.read(reader, 6) == b"native"
         assert lab.kernel == counted
         # The other side follows with what it sends.
         for word in (b"answer", b"another"):
             reader.sendall(word)
-            assert _exactly(sender, len(word)) == word
+            assert mesh.read(sender, len(word)) == word
         wait_until(lambda: lab.reason("left_unhelped") == 2, "the reader's socket to leave")
         assert unloader.sockets_left(lab.place.layout_dir) == 0
         reader.shutdown(socket.SHUT_WR)
@@ -107,15 +102,12 @@ def test_a_reader_that_is_always_behind(lab: Lab, direction: str, behind: int) -
 
 def test_what_helps_one_way_is_kept(lab: Lab) -> None:
     """Questions that must not be redirected, answers that may: the connection stays."""
-    client, server = lab.pair()
-    client.setblocking(True)
-    server.setblocking(True)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)  # nothing is redirected to it
-    with client, server:
+    with _pair(lab) as (client, server):
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)  # nothing is redirected to it
         for _ in range(4 * MESSAGES):
             _stream(client, server, 1)
             server.sendall(b"answer")
-            assert _exactly(client, 6) == b"answer"
+            assert mesh.read(client, 6) == b"answer"
         assert lab.redirected == 4 * MESSAGES
         assert lab.reason("low_water") > 0
         assert lab.reason("left_unhelped") == lab.reason("unhelped") == 0
@@ -128,11 +120,8 @@ def test_what_helps_one_way_is_kept(lab: Lab) -> None:
 def test_off(lab: Lab, limit: int) -> None:
     """Zero switches the rule off."""
     settings.write(lab.place, unhelped_kib=limit << 10)
-    client, server = lab.pair()
-    client.setblocking(True)
-    server.setblocking(True)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)
-    with client, server:
+    with _pair(lab) as (client, server):
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)
         _stream(client, server, 2 * MESSAGES)
         assert lab.reason("left_unhelped") == bool(limit)
 
